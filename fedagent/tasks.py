@@ -1,0 +1,241 @@
+"""Performs the tasks that the coordinator asks for: fetch, train, deliver; or fetch, evaluate, report."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from fedagent.agent_machine import is_run
+from fedagent.config import AgentConfig, AgentHome
+from fedagent.transfer import Transfers, load_record, save_record
+from fedcore.artifact_store import ArtifactStore
+from fedcore.compute_host import ComputeHost
+from fedcore.errors import DigestMismatchError, FedimpresError, ProtocolError, StorageError
+from fedcore.text import wire_text
+from fedcore.v1 import federation_pb2
+
+Send = Callable[[federation_pb2.AgentMessage], None]
+_TRAIN_ATTEMPTS = 2
+log = structlog.get_logger(__name__)
+
+
+class Tasks:
+    """Turns one directive into work and its result. `send` queues a message for the coordinator."""
+
+    def __init__(
+        self,
+        site: str,
+        home: AgentHome,
+        config: AgentConfig,
+        compute: ComputeHost,
+        store: ArtifactStore,
+        transfers: Transfers,
+        send: Send,
+    ) -> None:
+        self._site = site
+        self._home = home
+        self._data = config.data.model_dump(mode="json")
+        self._compute_config = config.compute.model_dump(mode="json")
+        self._share_class_metrics = config.policy.share_class_metrics
+        self._compute = compute
+        self._store = store
+        self._transfers = transfers
+        self._send = send
+        self._present_run = ""
+        home.tasks.mkdir(parents=True, exist_ok=True)
+        home.local_state.mkdir(parents=True, exist_ok=True)
+
+    async def describe(self) -> federation_pb2.Capabilities:
+        """What this site can do now; a failure becomes `unavailable_reason`."""
+        args = {"data": self._data, "compute": self._compute_config}
+        try:
+            found = await self._compute.run("describe", args)
+        except FedimpresError as error:
+            log.error("this site can take no work", error=str(error))
+            return federation_pb2.Capabilities(unavailable_reason=wire_text(str(error), 1000))
+        return federation_pb2.Capabilities(
+            models=found["models"],
+            objectives=found["objectives"],
+            datasets=found["datasets"],
+            device=found["device"],
+            device_name=found["device_name"],
+            threads=found["threads"],
+            class_names=found["class_names"] or (),
+            num_examples=found["num_examples"],
+        )
+
+    async def train(self, task: federation_pb2.TrainTask) -> None:
+        """Train and deliver. Whatever goes wrong is told to the coordinator."""
+        try:
+            self._forget_other_runs(task.run)
+            for attempt in range(1, _TRAIN_ATTEMPTS + 1):
+                try:
+                    return await self._train_and_deliver(task)
+                except (
+                    DigestMismatchError,
+                    StorageError,
+                ) as error:  # the update on our disk is damaged: make it again
+                    self._drop(task)
+                    if attempt == _TRAIN_ATTEMPTS:
+                        raise
+                    log.warning("update was damaged, training again", run=task.run, error=error.message)
+        except (FedimpresError, OSError) as error:
+            self._drop(task)
+            self._failed(task.run, task.round, error, evaluating=False)
+
+    async def evaluate(self, task: federation_pb2.EvaluateTask) -> None:
+        """Evaluate and report. Whatever goes wrong is told to the coordinator."""
+        try:
+            self._forget_other_runs(task.run)
+            model = await self._transfers.fetch(task.model, self._reporter(task.run, task.round, "fetching"))
+            result = await self._compute.run(
+                "evaluate",
+                {
+                    **self._common(task.plan_json, task.run),
+                    "model": str(model),
+                    "local_tensors": list(task.local_tensors),
+                    "share_class_metrics": self._share_class_metrics,
+                },
+                self._forward(task.run, task.round),
+            )
+        except (FedimpresError, OSError) as error:
+            self._failed(task.run, task.round, error, evaluating=True)
+            return
+        report = federation_pb2.EvaluationReport(
+            run=task.run,
+            round=task.round,
+            splits=[federation_pb2.SplitMetrics(**split) for split in result["splits"]],
+            seconds=result["seconds"],
+        )
+        self._send(federation_pb2.AgentMessage(evaluation=report))
+
+    async def _train_and_deliver(self, task: federation_pb2.TrainTask) -> None:
+        record_path = self._record_path(task.run, task.round)
+        record = load_record(record_path)
+        if record is None or record["digest"] not in self._store:
+            record = await self._train(task)
+            save_record(record_path, record)
+        digest = record["digest"]
+        key = federation_pb2.DeliveryKey(run=task.run, round=task.round, site=self._site, digest=digest)
+        outcome = await self._transfers.deliver(
+            key,
+            self._store.path(digest),
+            record["report"],
+            self._reporter(task.run, task.round, "delivering"),
+        )
+        name = federation_pb2.DeliverReply.Outcome.Name(outcome)
+        log.info("update delivered", run=task.run, round=task.round, outcome=name)
+        self._drop(task)
+
+    async def _train(self, task: federation_pb2.TrainTask) -> dict[str, Any]:
+        moved = self._reporter(task.run, task.round, "fetching")
+        needed = {task.model.digest}
+        model = await self._transfers.fetch(task.model, moved)
+        impressions = None
+        if task.HasField("impressions"):
+            needed.add(task.impressions.digest)
+            impressions = str(await self._transfers.fetch(task.impressions, moved))
+        strategy_state = None
+        if task.HasField("strategy_state"):
+            needed.add(task.strategy_state.digest)
+            strategy_state = str(await self._transfers.fetch(task.strategy_state, moved))
+        self._transfers.forget_all_but(needed)
+        out = self._store.new_path()
+        try:
+            result = await self._compute.run(
+                "train",
+                {
+                    **self._common(task.plan_json, task.run),
+                    "round": task.round,
+                    "model": str(model),
+                    "impressions": impressions,
+                    "strategy_state": strategy_state,
+                    "objective": task.objective,
+                    "objective_options": _json_object(task.objective_options_json),
+                    "local_tensors": list(task.local_tensors),
+                    "out": str(out),
+                },
+                self._forward(task.run, task.round),
+            )
+            self._store.adopt(out, result["digest"], durable=False)
+        finally:
+            out.unlink(missing_ok=True)
+        return result
+
+    def _common(self, plan_json: str, run: str) -> dict[str, Any]:
+        state = self._home.local_state / run
+        state.mkdir(exist_ok=True)
+        return {
+            "data": self._data,
+            "compute": self._compute_config,
+            "plan": plan_json,
+            "site": self._site,
+            "run": run,
+            "state": str(state),
+        }
+
+    def _reporter(self, run: str, round_number: int, stage: str) -> Callable[[int, int], None]:
+        def moved(done: int, total: int) -> None:
+            progress = federation_pb2.Progress(
+                run=run, round=round_number, stage=stage, done=done, total=total
+            )
+            self._send(federation_pb2.AgentMessage(progress=progress))
+
+        return moved
+
+    def _forward(self, run: str, round_number: int) -> Callable[[dict[str, Any]], None]:
+        def said(fields: dict[str, Any]) -> None:
+            progress = federation_pb2.Progress(run=run, round=round_number, **fields)
+            self._send(federation_pb2.AgentMessage(progress=progress))
+
+        return said
+
+    def _failed(
+        self, run: str, round_number: int, error: FedimpresError | OSError, *, evaluating: bool
+    ) -> None:
+        log.error("task failed", run=run, round=round_number, evaluating=evaluating, error=str(error))
+        failed = federation_pb2.TaskFailed(
+            run=run, round=round_number, reason=wire_text(str(error), 2000), evaluating=evaluating
+        )
+        self._send(federation_pb2.AgentMessage(failed=failed))
+
+    def _forget_other_runs(self, run: str) -> None:
+        """Remove what runs before this one left here; what can't be removed is tried again with the next run.
+
+        The coordinator begins a run when those before it have ended, a paused one included, so none comes back.
+        """
+        if run == self._present_run:
+            return
+        for folder in self._home.local_state.iterdir():
+            if folder.name != run and is_run(folder.name):
+                shutil.rmtree(folder, ignore_errors=True)
+        for record in self._home.tasks.glob("*~*.json"):
+            if record.name.partition("~")[0] != run:
+                with contextlib.suppress(OSError):
+                    record.unlink()
+        self._present_run = run
+
+    def _record_path(self, run: str, round_number: int) -> Path:
+        return self._home.tasks / f"{run}~{round_number}.json"
+
+    def _drop(self, task: federation_pb2.TrainTask) -> None:
+        path = self._record_path(task.run, task.round)
+        record = load_record(path)
+        path.unlink(missing_ok=True)
+        inputs = {task.model.digest, task.impressions.digest, task.strategy_state.digest}
+        if record is not None and record["digest"] not in inputs:
+            self._store.delete(record["digest"])
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ProtocolError(f"the coordinator sent a document that is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ProtocolError(f"the coordinator sent {type(value).__name__}, expected a JSON object")
+    return value

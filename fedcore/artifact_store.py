@@ -1,0 +1,94 @@
+"""Content-addressed files: a digest names a tensor file.
+
+Written by temp, fsync, rename, so a file that is there is whole.
+"""
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedcore.durability import sync_file
+from fedcore.errors import NotFoundError, StorageError
+from fedcore.tensor_stream import check_digest_form
+
+
+class ArtifactStore:
+    """A folder of tensor files, `ROOT/ab/abcdef....safetensors`, and of temporary files that are not yet whole."""
+
+    def __init__(self, root: Path) -> None:
+        """Open the store, creating its folders. What an earlier process left half-written is deleted."""
+        self.root = root
+        self._temporary = root / "tmp"
+        self._temporary.mkdir(parents=True, exist_ok=True)
+        for path in self._temporary.iterdir():
+            path.unlink()
+
+    def path(self, digest: str) -> Path:
+        """Where the artifact lies or would lie. Raises TransferError if `digest` is none."""
+        check_digest_form(digest)
+        return self.root / digest[:2] / f"{digest}.safetensors"
+
+    def find(self, digest: str) -> Path:
+        """Path of an artifact that is there. Raises NotFoundError."""
+        path = self.path(digest)
+        if not path.is_file():
+            raise NotFoundError(f"no artifact {digest}")
+        return path
+
+    def __contains__(self, digest: str) -> bool:
+        """Whether the artifact is there."""
+        return self.path(digest).is_file()
+
+    def new_path(self) -> Path:
+        """A path in the temporary folder that no file has."""
+        return self._temporary / f"{secrets.token_hex(8)}.safetensors"
+
+    def adopt(self, path: Path, digest: str, *, durable: bool = True) -> Path:
+        """Move a whole file into the store under its digest; with `durable`, it survives a power cut.
+
+        The digest is the caller's word: whoever wrote the file hashed it. Raises StorageError.
+        """
+        target = self.path(digest)
+        try:
+            target.parent.mkdir(exist_ok=True)
+            if durable:
+                _fsync(path)
+            path.replace(target)
+            if durable:
+                _fsync(target.parent)
+        except OSError as error:
+            raise StorageError(
+                f"{target}: can't be stored: {error}", hint="free disk space or mend the disk"
+            ) from error
+        return target
+
+    def delete(self, digest: str) -> None:
+        """Delete an artifact, if it is there."""
+        self.path(digest).unlink(missing_ok=True)
+
+    def digests(self) -> Iterator[str]:
+        """Digests of all artifacts that are there."""
+        for path in self.root.glob("??/*.safetensors"):
+            yield path.stem
+
+    def size_bytes(self) -> int:
+        """Bytes of all artifacts together."""
+        return sum(path.stat().st_size for path in self.root.glob("??/*.safetensors"))
+
+    def intact(self, digest: str) -> bool:
+        """Read the artifact again and compare its digest; False if it is missing or damaged."""
+        try:
+            with self.path(digest).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() == digest
+        except OSError:
+            return False
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        sync_file(descriptor)
+    finally:
+        os.close(descriptor)

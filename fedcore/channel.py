@@ -1,0 +1,198 @@
+"""How programs talk gRPC: channel options, server and client credentials, and one table of deadlines and
+retries.
+
+The table is given to grpc as a service config, so that every call made through these channels has its
+deadline and only idempotent calls are retried (exponential backoff, jittered by grpc), whoever makes them.
+"""
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from fedcore import tls
+from fedcore.credential import Credential, load_credential
+from fedcore.errors import ConfigError, InternalError
+
+# isort: split
+import grpc
+
+# Chunks are 2 MiB of payload; the rest is room for manifests and framing.
+MAX_MESSAGE_BYTES = 8 * 1024 * 1024
+KEEPALIVE_S = 15
+KEEPALIVE_TIMEOUT_S = 10
+
+Options = list[tuple[str, Any]]
+
+_COMMON_OPTIONS: Options = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_S * 1000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+
+SERVER_OPTIONS: Options = [
+    *_COMMON_OPTIONS,
+    # A second coordinator must not bind the same port and share its agents.
+    ("grpc.so_reuseport", 0),
+    # A fixed window bounds what a sender can have in our memory: gRPC's own estimate grew to 16 MiB a connection.
+    # 2 MiB carries 40 MB/s a site over a round trip of 50 ms.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 2 * 1024 * 1024),
+    # Else the server answers keepalive pings with GOAWAY too_many_pings.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class CallPolicy:
+    """Terms of one method.
+
+    No deadline: a stream that lives as long as its connection, which keepalive watches.
+    """
+
+    deadline_s: float | None
+    idempotent: bool = False
+
+
+_QUICK = CallPolicy(10.0, idempotent=True)
+_QUICK_ONCE = CallPolicy(10.0)
+_WATCH = CallPolicy(None)
+# Both directions resume from an offset, by a new call.
+_TRANSFER = CallPolicy(3600.0)
+
+CALLS: dict[str, CallPolicy] = {
+    "/fedcore.v1.Federation/Hello": _QUICK,
+    "/fedcore.v1.Federation/Directives": _WATCH,
+    "/fedcore.v1.Federation/Fetch": _TRANSFER,
+    "/fedcore.v1.Federation/DeliveryOffset": _QUICK,
+    "/fedcore.v1.Federation/Deliver": _TRANSFER,
+    "/fedcore.v1.Enrollment/Enroll": CallPolicy(30.0),
+    "/fedcore.v1.Admin/WhoAmI": _QUICK,
+    "/fedcore.v1.Admin/GetStatus": _QUICK,
+    "/fedcore.v1.Admin/CreateToken": _QUICK_ONCE,
+    "/fedcore.v1.Admin/ListSites": _QUICK,
+    # Validating a plan and resolving its initial model may take a while; repeated by request_id.
+    "/fedcore.v1.Admin/SubmitRun": CallPolicy(60.0, idempotent=True),
+    "/fedcore.v1.Admin/ListRuns": _QUICK,
+    "/fedcore.v1.Admin/GetRun": _QUICK,
+    "/fedcore.v1.Admin/WatchRun": _WATCH,
+    "/fedcore.v1.Admin/PauseRun": _QUICK_ONCE,
+    "/fedcore.v1.Admin/ResumeRun": _QUICK_ONCE,
+    "/fedcore.v1.Admin/AbortRun": _QUICK_ONCE,
+    "/fedcore.v1.Admin/ListRounds": CallPolicy(30.0, idempotent=True),
+    "/fedcore.v1.Admin/ListModels": CallPolicy(30.0, idempotent=True),
+    "/fedcore.v1.Admin/Download": _TRANSFER,
+    "/fedcore.v1.Admin/UploadModel": _TRANSFER,
+    "/grpc.health.v1.Health/Check": _QUICK,
+    "/grpc.health.v1.Health/List": _QUICK,
+    "/grpc.health.v1.Health/Watch": _WATCH,
+}
+
+
+def call_policy(method: str) -> CallPolicy:
+    """Terms of a method, given by its full name (/package.Service/Method).
+
+    Raises KeyError for an unknown one.
+    """
+    return CALLS[method]
+
+
+def service_config() -> str:
+    """The table as grpc reads it."""
+    configs = []
+    for method, policy in CALLS.items():
+        _, service, name = method.split("/")
+        config: dict[str, Any] = {"name": [{"service": service, "method": name}]}
+        if policy.deadline_s is not None:
+            config["timeout"] = f"{policy.deadline_s:g}s"
+        if policy.idempotent:
+            config["retryPolicy"] = {
+                "maxAttempts": 3,
+                "initialBackoff": "0.2s",
+                "maxBackoff": "2s",
+                "backoffMultiplier": 3,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            }
+        configs.append(config)
+    return json.dumps({"methodConfig": configs})
+
+
+def client_options(proxy: str | None = None) -> Options:
+    """Options of a channel, through the HTTP CONNECT proxy `proxy` (http://HOST:PORT) if given.
+
+    The environment's proxies are never used: a service must not depend on the shell that started it.
+    Raises ConfigError for a malformed proxy.
+    """
+    options = [
+        *_COMMON_OPTIONS,
+        ("grpc.service_config", service_config()),
+        # 1,000 channels of one process would share a socket otherwise.
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.max_reconnect_backoff_ms", 10_000),
+    ]
+    if proxy:
+        parts = urlsplit(proxy)
+        if parts.scheme != "http" or not parts.hostname or not parts.port:
+            raise ConfigError(f"proxy {_without_password(proxy)!r} is not of the form http://HOST:PORT")
+        options.append(("grpc.http_proxy", proxy))
+    else:
+        options.append(("grpc.enable_http_proxy", 0))
+    return options
+
+
+def open_channel(credential: Credential | Path, *, proxy: str | None = None) -> grpc.aio.Channel:
+    """An asyncio channel to the credential's coordinator, over mutual TLS. Connects with the first call.
+
+    The certificate that the coordinator shows must name the host dialled and lead to the credential's root.
+    Raises ConfigError, IdentityError for a credential folder that is not usable.
+    """
+    loaded = _loaded(credential)
+    return grpc.aio.secure_channel(
+        loaded.coordinator, _client_credentials(loaded), options=client_options(proxy)
+    )
+
+
+def open_sync_channel(credential: Credential | Path, *, proxy: str | None = None) -> grpc.Channel:
+    """The same as `open_channel`, for the synchronous API."""
+    loaded = _loaded(credential)
+    return grpc.secure_channel(loaded.coordinator, _client_credentials(loaded), options=client_options(proxy))
+
+
+def open_enrollment_channel(address: str, ca_pem: bytes, *, proxy: str | None = None) -> grpc.Channel:
+    """A synchronous channel to the enrolment port, which asks for no client certificate; `ca_pem` is the
+    only root.
+    """
+    return grpc.secure_channel(
+        address, grpc.ssl_channel_credentials(root_certificates=ca_pem), options=client_options(proxy)
+    )
+
+
+def server_credentials(credential: Credential, *, require_client_certificate: bool) -> grpc.ServerCredentials:
+    """TLS 1.3 for a port of the coordinator's.
+
+    Raises InternalError if this process could still speak TLS 1.2.
+    """
+    if not tls.is_enforced():
+        raise InternalError("grpc was imported before fedcore.tls: TLS 1.2 would be accepted")
+    pair = (credential.key_pem, credential.chain_pem)
+    if require_client_certificate:
+        return grpc.ssl_server_credentials([pair], credential.ca_pem, require_client_auth=True)
+    return grpc.ssl_server_credentials([pair])
+
+
+def _client_credentials(credential: Credential) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(credential.ca_pem, credential.key_pem, credential.chain_pem)
+
+
+def _loaded(credential: Credential | Path) -> Credential:
+    return load_credential(credential, datetime.now(UTC)) if isinstance(credential, Path) else credential
+
+
+def _without_password(url: str) -> str:
+    scheme, separator, rest = url.partition("://")
+    return scheme + separator + rest.rpartition("@")[2]

@@ -1,0 +1,174 @@
+"""npz files with MedMNIST's keys: {train,val,test}_{images,labels}; val and test may be missing.
+
+Images [N, H, W] or [N, H, W, C], uint8, uint16 or floats in [0, 1]; labels [N] or [N, 1], numbers or names.
+An array is read when it is needed, and one split is converted before the next one is read. Nothing is
+unpickled.
+
+Option: `max_value`, the stored value that means full intensity (4095 for 12-bit images, say).
+"""
+
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib.npyio import NpzFile
+from numpy.typing import NDArray
+
+from fedcore.data.corruption import CorruptionTally
+from fedcore.data.dataset import (
+    SPLITS,
+    DatasetSettings,
+    DatasetSummary,
+    IndexArray,
+    LabelledImages,
+    SiteData,
+    Split,
+)
+from fedcore.data.images import convert_array
+from fedcore.data.labels import check_label_array, labels_from_names, labels_from_numbers
+from fedcore.data.splits import cut_held_out
+from fedcore.errors import DataError
+from fedcore.plan import Plan
+
+FILE_KEYS: Mapping[Split, str] = {"train": "train", "validation": "val", "test": "test"}
+_READ_ERRORS = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
+
+
+@dataclass(frozen=True, slots=True)
+class NpzReader:
+    """Reads one npz file."""
+
+    path: Path
+    settings: DatasetSettings
+    max_value: float | None
+    # Whether a plan without class names takes the file's numbers as they are, though the site has names for
+    # them.
+    numbers_are_standard: bool = False
+
+    def summarise(self) -> DatasetSummary:
+        """Read the labels only. Raises DataError."""
+        with open_npz(self.path) as file:
+            labels = self._labels(file, "train")
+            cut = self._cut(file, labels)
+        return DatasetSummary(len(labels) if cut is None else len(cut["train"]), self.settings.class_names)
+
+    def read(self, plan: Plan) -> SiteData:
+        """Read all splits. Raises DataError, CorruptImagesError, PlanError."""
+        tally = CorruptionTally(str(self.path))
+        total = 0
+        splits: dict[Split, LabelledImages] = {}
+        with open_npz(self.path) as file:
+            cut = self._cut(file, self._labels(file, "train"))
+            for split in SPLITS:
+                if split == "train" or f"{FILE_KEYS[split]}_images" in file:
+                    splits[split], good = self.read_split(file, split, plan, tally)
+                    total += len(good)
+                    if split == "train" and cut is not None:
+                        whole = splits[split]
+                        splits |= {part: whole.take(indices[good[indices]]) for part, indices in cut.items()}
+                    elif not good.all():
+                        splits[split] = splits[split].take(np.flatnonzero(good))
+        corrupt = tally.check(total, plan)
+        if len(splits["train"]) == 0:
+            raise DataError(f"{self.path}: no training images")
+        return SiteData(splits["train"], splits["validation"], splits["test"], plan.class_names, corrupt)
+
+    def read_split(
+        self, file: NpzFile, split: Split, plan: Plan, tally: CorruptionTally
+    ) -> tuple[LabelledImages, NDArray[np.bool_]]:
+        """One split as it is stored, bad images included and counted, and which ones are good."""
+        who = f"{self.path}: {FILE_KEYS[split]}"
+        stored = self._labels(file, split)
+        if stored.dtype.kind == "U":
+            labels = labels_from_names([str(name) for name in stored], plan, who)
+        else:
+            names = self.settings.class_names
+            if self.numbers_are_standard and plan.data.class_names is None:
+                names = None
+            labels = labels_from_numbers(stored, names, plan, who)
+        key = f"{FILE_KEYS[split]}_images"
+        images, good = convert_array(
+            read_array(file, key, self.path),
+            plan.model.input,
+            max_value=self.max_value,
+            who=f"{self.path}: {key}",
+        )
+        if len(images) != len(labels):
+            raise DataError(f"{who}: {len(images)} images, but {len(labels)} labels")
+        for n in np.flatnonzero(~good):
+            tally.add(f"{key}[{n}]", "values are NaN or out of range")
+        return LabelledImages(images, labels), good
+
+    def _labels(self, file: NpzFile, split: Split) -> NDArray[Any]:
+        key = f"{FILE_KEYS[split]}_labels"
+        labels = read_array(file, key, self.path)
+        return check_label_array(labels, len(labels) if labels.ndim else 0, f"{self.path}: {key}")
+
+    def _cut(self, file: NpzFile, labels: NDArray[Any]) -> Mapping[Split, IndexArray] | None:
+        """Which training images become validation and test, where the file lacks these."""
+        lacks = {split: f"{FILE_KEYS[split]}_images" not in file for split in SPLITS}
+        if not lacks["validation"] and not lacks["test"]:
+            return None
+        cut = cut_held_out(
+            labels.tolist(),
+            validation_fraction=self.settings.validation_fraction if lacks["validation"] else 0.0,
+            test_fraction=self.settings.test_fraction if lacks["test"] else 0.0,
+        )
+        return {split: indices for split, indices in cut.items() if split == "train" or lacks[split]}
+
+
+def open_reader(settings: DatasetSettings) -> NpzReader:
+    """The reader for `settings.path`. Raises ConfigError."""
+    options = settings.read_options({"max_value": None})
+    return NpzReader(settings.required_path(), settings, max_value_of(options["max_value"]))
+
+
+def read_test_set(path: Path, plan: Plan) -> LabelledImages:
+    """The test split of an npz that may hold nothing else; its numbers are in the plan's class order.
+
+    For the coordinator's own test set. Raises DataError, CorruptImagesError.
+    """
+    reader = NpzReader(path, DatasetSettings("npz", path), None)
+    tally = CorruptionTally(str(path))
+    with open_npz(path) as file:
+        images, good = reader.read_split(file, "test", plan, tally)
+    tally.check(len(good), plan)
+    return images if good.all() else images.take(np.flatnonzero(good))
+
+
+def max_value_of(option: object) -> float | None:
+    """The option `max_value` as a number."""
+    return float(option) if isinstance(option, int | float) else None
+
+
+@contextmanager
+def open_npz(path: Path) -> Iterator[NpzFile]:
+    """An npz file whose arrays are read when they are asked for, by `read_array`. Raises DataError."""
+    with ExitStack() as stack:
+        try:
+            # Opened here because np.load leaves a damaged file open.
+            raw = stack.enter_context(path.open("rb"))
+            file = np.load(raw, allow_pickle=False)
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: no such file", hint="set [data] path in agent.toml") from error
+        except _READ_ERRORS as error:
+            raise DataError(f"{path}: not a readable npz file: {error}") from error
+        if not isinstance(file, NpzFile):
+            raise DataError(f"{path}: holds one array, expected an npz with train_images and train_labels")
+        yield stack.enter_context(file)
+
+
+def read_array(file: NpzFile, key: str, path: Path) -> NDArray[Any]:
+    """One array of an npz file. Raises DataError if it is not there, damaged or pickled."""
+    if key not in file:
+        raise DataError(f"{path}: has no array '{key}', only: {', '.join(sorted(file)) or 'none'}")
+    try:
+        array: NDArray[Any] = file[key]
+    except _READ_ERRORS as error:
+        raise DataError(f"{path}: '{key}' can't be read: {error}") from error
+    return array

@@ -1,0 +1,50 @@
+"""Structured logs on stderr: JSON lines off a terminal, readable lines on one."""
+
+import logging
+import sys
+from typing import TextIO
+
+import structlog
+
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+def configure_logs(level: str = "info", stream: TextIO | None = None) -> None:
+    """Send structlog's events, and warnings of libraries that use `logging`, to `stream` (stderr if not
+    given).
+
+    Every event has `at` (RFC 3339, UTC) and `level`. Call once, at the start of a program.
+    """
+    out = stream or sys.stderr
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="at"),
+    ]
+    pretty = out.isatty()
+    ending: list[structlog.typing.Processor] = (
+        [structlog.dev.ConsoleRenderer(timestamp_key="at")]
+        if pretty
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
+    )
+    structlog.configure(
+        processors=[*shared, *ending],
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
+        logger_factory=structlog.PrintLoggerFactory(out),
+        cache_logger_on_first_use=False,
+    )
+    _route_stdlib(shared, ending, out)
+
+
+def _route_stdlib(
+    shared: list[structlog.typing.Processor], ending: list[structlog.typing.Processor], out: TextIO
+) -> None:
+    formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared,
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *ending],
+    )
+    handler = logging.StreamHandler(out)
+    handler.setFormatter(formatter)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)

@@ -1,0 +1,63 @@
+"""What is known of a finished round: a line of rounds.jsonl, and what `fedctl run rounds` shows."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class SiteFigures(BaseModel):
+    """Held-out accuracy of the round's global model at one site, and the size of that set."""
+
+    model_config = ConfigDict(frozen=True)
+
+    accuracy: float
+    num_examples: int
+
+
+class ImpressionFigures(BaseModel):
+    """Impressions made after this round's aggregation, and how many each site had trained on in it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    made: int = 0
+    used: dict[str, int] = {}
+    # Why none were made, when the plan would have had some.
+    note: str = ""
+    # How they came about: counts of images kept, made anew and rejected, and steps.
+    figures: dict[str, float] = {}
+
+
+class RoundRecord(BaseModel):
+    """One finished round. Counts are of sites; accuracies are shares in [0, 1]; `*_s` are seconds."""
+
+    model_config = ConfigDict(frozen=True)
+
+    round: int
+    # The five counts: of the plan's sites, those connected and able when the round opened, those that
+    # acknowledged, those whose update became durable, those whose update passed the gate.
+    expected: int
+    registered: int
+    started: int
+    reported: int
+    aggregated: int
+    accuracy: float | None
+    balanced_accuracy: float | None
+    # Why balanced_accuracy is null, when it is.
+    balanced_accuracy_note: str = ""
+    # Pooled accuracy on the sites' validation images: picks the best round.
+    validation_accuracy: float | None = None
+    loss: float | None = None
+    sites: dict[str, SiteFigures] = {}
+    # Pooled recall a class, by class name; null without per-class counts.
+    classes: dict[str, float] | None = None
+    impressions: ImpressionFigures = ImpressionFigures()
+    phases_s: dict[str, float] = {}
+    seconds: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    # Sites expected but not aggregated, with the reason.
+    missing: dict[str, str] = {}
+    attempts: int = 1
+    # Digests, for the record.
+    model: str = ""
+    impressions_digest: str = ""
+    # What each site said of its training: seconds, loss, steps, device, threads.
+    training: dict[str, dict[str, float | int | str]] = {}

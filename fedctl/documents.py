@@ -1,0 +1,93 @@
+"""The coordinator's answers as plain objects: the keys of `-o json` stand here and nowhere else."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedcore.v1 import admin_pb2
+
+FINAL_STATES = frozenset({"DONE", "DEGRADED", "FAILED", "ABORTED"})
+
+
+def run_document(run: "admin_pb2.Run") -> dict[str, Any]:
+    """A run. `round` counts finished rounds; `missed` lists the rounds that missed an expected site."""
+    return {
+        "run": run.run,
+        "name": run.name,
+        "state": run.state,
+        "round": run.round,
+        "rounds": run.rounds,
+        "sites": list(run.sites),
+        "strategy": run.strategy,
+        "phase": run.phase,
+        "phase_since": run.phase_since or None,
+        "reason": run.reason,
+        "progress": [
+            {
+                "site": site.site,
+                "stage": site.stage,
+                "done": site.done,
+                "total": site.total,
+                "loss": site.loss,
+                "images_per_s": site.images_per_s,
+                "reason": site.reason,
+            }
+            for site in run.progress
+        ],
+        "missed": [{"round": missed.round, "sites": list(missed.sites)} for missed in run.missed],
+        "best_round": run.best_round or None,
+        "submitted_at": run.submitted_at or None,
+        "submitted_by": run.submitted_by or None,
+        "finished_at": run.finished_at or None,
+        "last_round": json.loads(run.last_round_json) if run.last_round_json else None,
+    }
+
+
+def plan_document(run: "admin_pb2.Run") -> dict[str, Any] | None:
+    """The run's plan as the coordinator validated it."""
+    plan: dict[str, Any] | None = json.loads(run.plan_json) if run.plan_json else None
+    return plan
+
+
+def site_document(site: "admin_pb2.Site") -> dict[str, Any]:
+    """A site."""
+    return {
+        "site": site.id,
+        "connected": site.connected,
+        "enabled": site.enabled,
+        "activity": site.activity,
+        "unavailable_reason": site.unavailable_reason,
+        "last_seen": site.last_seen or None,
+        "enrolled_at": site.enrolled_at or None,
+        "certificate_not_after": site.certificate_not_after or None,
+        "software_version": site.software_version,
+        "device": site.device,
+        "num_examples": site.num_examples,
+    }
+
+
+def model_document(model: "admin_pb2.Model") -> dict[str, Any]:
+    """A model of a run, with its card (architecture, class names, transform, metrics)."""
+    return {
+        "run": model.run,
+        "round": model.round,
+        "digest": model.digest,
+        "bytes": model.payload_bytes,
+        "best": model.best,
+        "impressions_digest": model.impressions_digest or None,
+        "card": json.loads(model.card_json) if model.card_json else None,
+    }
+
+
+def status_document(status: "admin_pb2.GetStatusReply") -> dict[str, Any]:
+    """The coordinator's state, its sites and the runs that have not ended."""
+    return {
+        "federation": status.federation,
+        "software_version": status.software_version,
+        "uptime_s": status.uptime_s,
+        "sites": [site_document(site) for site in status.sites],
+        "active_runs": [run_document(run) for run in status.active_runs],
+        "artifact_bytes": status.artifact_bytes,
+        "free_bytes": status.free_bytes,
+        "problems": list(status.problems),
+    }

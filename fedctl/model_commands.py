@@ -1,0 +1,159 @@
+"""fedctl model: the models that runs have made."""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedcore.errors import ConfigError, NotFoundError, StorageError
+from fedctl.admin import Admin, open_admin
+from fedctl.documents import model_document
+from fedctl.durations import format_bytes
+from fedctl.render import Column, Output, OutputOption, console, note, percent, print_object, print_rows
+
+if TYPE_CHECKING:
+    from fedcore.v1 import admin_pb2
+    from fedctl.transfer import OnBytes
+
+app = typer.Typer(no_args_is_help=True, help="The models that runs have made.")
+
+RunArgument = Annotated[str, typer.Argument(help="Id of the run, or a unique beginning of one.")]
+
+
+@app.command("list")
+def list_command(ctx: typer.Context, run: RunArgument, output: OutputOption = Output.TABLE) -> None:
+    """List the models of a run, one a finished round."""
+    with open_admin(ctx) as admin:
+        rows = [model_document(model) for model in list_models(admin, run)]
+    if output is Output.TABLE:
+        for row in rows:
+            metrics = (row["card"] or {}).get("metrics") or {}
+            row["size"] = format_bytes(row["bytes"])
+            row["accuracy"] = percent(metrics.get("accuracy"))
+            row["best"] = "best" if row["best"] else " "
+    columns = [
+        Column("ROUND", "round", True), Column("BEST", "best"), Column("ACCURACY", "accuracy", True),
+        Column("SIZE", "size", True), Column("DIGEST", "digest"),
+    ]  # fmt: skip
+    print_rows(output, "models", rows, columns, empty="no model yet: no round has finished")
+
+
+@app.command("download")
+def download(
+    ctx: typer.Context,
+    run: RunArgument,
+    round_: Annotated[
+        str, typer.Option("--round", help="A round's number, 'best' (by validation accuracy) or 'last'.")
+    ] = "last",
+    out: Annotated[Path, typer.Option("--out", help="File to write; its card goes beside it.")] = Path(
+        "model.safetensors"
+    ),
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Download a model: a safetensors file, checked by its digest, and its card (architecture, classes,
+    transform).
+    """
+    with open_admin(ctx) as admin:
+        model = choose_model(list_models(admin, run), run, round_)
+        fetch_model(admin, model, out)
+    document = {
+        "run": model.run,
+        "round": model.round,
+        "digest": model.digest,
+        "path": str(out),
+        "card": str(card_path(out)),
+    }
+    print_object(output, document, list(document.items()))
+
+
+def list_models(admin: Admin, run: str) -> list["admin_pb2.Model"]:
+    """The models of a run, by round. Raises NotFoundError."""
+    from fedcore.v1 import admin_pb2
+
+    models: list[admin_pb2.Model] = []
+    token = None
+    while token != "":
+        request = admin_pb2.ListModelsRequest(run=run, page_token=token or "")
+        reply = admin.call(lambda stub: stub.ListModels, request)
+        models += reply.models
+        token = reply.next_page_token
+    return sorted(models, key=lambda model: model.round)
+
+
+def choose_model(models: list["admin_pb2.Model"], run: str, choice: str) -> "admin_pb2.Model":
+    """The model of a round: a number, "best" or "last". Raises ConfigError, NotFoundError."""
+    if not (choice in ("best", "last") or choice.isdecimal()):
+        raise ConfigError(f"--round {choice}: not a round", hint="give a number, 'best' or 'last'")
+    if not models:
+        raise NotFoundError(f"run {run} has no model yet: no round has finished")
+    if choice == "last":
+        return models[-1]
+    for model in models:
+        if (choice == "best" and model.best) or (choice != "best" and model.round == int(choice)):
+            return model
+    if choice == "best":
+        raise NotFoundError(
+            f"run {run} has no best round: no site has validated a model", hint="use --round last"
+        )
+    raise NotFoundError(
+        f"run {run} has no model of round {choice}", hint=f"it has rounds up to {models[-1].round}"
+    )
+
+
+def fetch_model(admin: Admin, model: "admin_pb2.Model", out: Path) -> None:
+    """Download a model to `out` and its card beside it. Raises what `download_artifact` raises,
+    StorageError.
+    """
+    from fedctl.transfer import download_artifact
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{out.parent}: can't be made: {error}") from error
+    with _byte_progress(out.name) as on_bytes:
+        download_artifact(admin, model.digest, out, on_bytes=on_bytes)
+    card = json.loads(model.card_json) if model.card_json else {}
+    write_json(card_path(out), {**card, "digest": model.digest, "run": model.run, "round": model.round})
+    note(f"{out}: {format_bytes(model.payload_bytes)}, round {model.round}, digest verified")
+
+
+def card_path(out: Path) -> Path:
+    """Where the card of a model file lies: model.safetensors -> model.json."""
+    return out.with_suffix(".json") if out.suffix == ".safetensors" else out.with_name(out.name + ".json")
+
+
+def write_json(path: Path, document: object) -> None:
+    """Write a JSON file whole or not at all. Raises StorageError."""
+    try:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+            json.dump(document, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise StorageError(f"{path}: can't be written: {error}") from error
+
+
+@contextlib.contextmanager
+def _byte_progress(name: str) -> Iterator["OnBytes"]:
+    """A progress bar of bytes on stderr if that is a terminal, nothing otherwise."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+    )
+    with Progress(*columns, console=console(sys.stderr), transient=True) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

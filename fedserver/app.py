@@ -1,0 +1,229 @@
+"""The coordinator, put together: reads the configuration once, wires the parts, drains on SIGTERM."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import structlog
+
+from fedcore import lifeline as lifelines
+from fedcore.artifact_store import ArtifactStore
+from fedcore.channel import SERVER_OPTIONS, server_credentials
+from fedcore.clock import SystemClock
+from fedcore.compute_host import ComputeHost
+from fedcore.credential import Credential, join_address, load_credential
+from fedcore.database import Database, open_database
+from fedcore.errors import ConfigError
+from fedcore.home_lock import HomeLock
+from fedcore.logs import configure_logs
+from fedcore.memory import use_one_malloc_arena
+from fedcore.plan import Plan
+from fedcore.v1 import admin_pb2_grpc, enrollment_pb2_grpc, federation_pb2_grpc
+from fedserver.authority import load_authority
+from fedserver.checks import load_home
+from fedserver.compute_work import ComputeWork
+from fedserver.config import ServerConfig, ServerHome
+from fedserver.deliveries import Deliveries
+from fedserver.interceptors import edge_interceptors
+from fedserver.journal import Journal
+from fedserver.registry import Registry
+from fedserver.retention import sweep
+from fedserver.roster import Roster
+from fedserver.round_driver import RoundDriver
+from fedserver.schema import MIGRATIONS
+from fedserver.services.admin import AdminService
+from fedserver.services.enrollment import EnrollmentService
+from fedserver.services.federation import FederationService
+from fedserver.services.health import HealthService
+from fedserver.strategies import makes_impressions
+from fedserver.tokens import Tokens
+from fedserver.turns import Turns
+
+# isort: split
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+
+_TRANSFER_THREADS = 8
+_DRAIN_S = 2.0
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Coordinator:
+    """The parts that live as long as the program."""
+
+    config: ServerConfig
+    registry: Registry
+    store: ArtifactStore
+    roster: Roster
+    driver: RoundDriver
+    compute: ComputeHost
+    health: HealthService
+    pool: ThreadPoolExecutor
+    turns: Turns
+
+
+def run(home: Path, lifeline: int | None) -> int:
+    """Serve until SIGTERM, SIGINT or the end of the lifeline. Returns the exit code. Raises FedimpresError."""
+    places = ServerHome(home)
+    config = load_home(home)
+    configure_logs(config.log_level)
+    use_one_malloc_arena()
+    with HomeLock(places.lock):
+        credential = load_credential(places.credential, datetime.now(UTC))
+        database = open_database(places.database, MIGRATIONS)
+        try:
+            return asyncio.run(_serve(places, config, credential, database, lifeline))
+        finally:
+            database.close()
+
+
+async def _serve(
+    places: ServerHome, config: ServerConfig, credential: Credential, database: Database, lifeline: int | None
+) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if lifeline is not None:
+        lifelines.watch(lifeline, lambda: loop.call_soon_threadsafe(stop.set))
+    parts = _assemble(places, config, database)
+    parts.driver.recover()
+    sweep(parts.store, [view.state for view in parts.driver.views()])
+    servers = await _start_servers(parts, places, credential, database)
+    driving = asyncio.create_task(parts.driver.serve())
+    stopping = asyncio.create_task(stop.wait())
+    log.info(
+        "coordinator serves",
+        federation=config.name,
+        address=join_address(config.host, config.port),
+        enrolment=join_address(config.host, config.enroll_port),
+        runs=len(parts.driver.views()),
+    )
+    try:
+        await asyncio.wait({driving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if driving.done():
+            driving.result()
+        return 0
+    finally:
+        stopping.cancel()
+        await _drain(parts, servers, driving)
+
+
+def _assemble(places: ServerHome, config: ServerConfig, database: Database) -> Coordinator:
+    clock = SystemClock()
+    store = ArtifactStore(places.artifacts)
+    roster = Roster(clock, config.admission.max_agents)
+    threads = config.compute.threads
+    compute = ComputeHost(
+        "fedserver.compute", environment={"OMP_NUM_THREADS": str(threads)} if threads else {}
+    )
+    registry = Registry(database)
+    work = ComputeWork(compute, store, clock, config.compute.model_dump())
+    driver = RoundDriver(
+        Journal(database), store, roster, work, clock, _expected_sites(registry), makes_impressions
+    )
+    turns = Turns(config.admission.max_transfers)
+    pool = ThreadPoolExecutor(_TRANSFER_THREADS, thread_name_prefix="transfer")
+    return Coordinator(config, registry, store, roster, driver, compute, HealthService(), pool, turns)
+
+
+def _expected_sites(registry: Registry) -> Callable[[Plan], tuple[str, ...]]:
+    """The sites of a run that leaves the queue: those its plan names, else all that are enrolled and enabled."""
+
+    def sites(plan: Plan) -> tuple[str, ...]:
+        return plan.sites if plan.sites is not None else tuple(registry.enabled_sites())
+
+    return sites
+
+
+async def _start_servers(
+    parts: Coordinator, places: ServerHome, credential: Credential, database: Database
+) -> tuple[grpc.aio.Server, grpc.aio.Server]:
+    config, driver = parts.config, parts.driver
+    coordinator = join_address(config.host, config.port)
+    tokens = Tokens(
+        database,
+        load_authority(places.pki, config.name),
+        coordinator=coordinator,
+        enroll_port=config.enroll_port,
+    )
+    deliveries = Deliveries(driver, parts.store, parts.roster, places.spool, parts.pool, parts.turns)
+    federation = FederationService(
+        config.name,
+        config.heartbeat_interval_s,
+        driver,
+        parts.roster,
+        deliveries,
+        parts.registry,
+        parts.pool,
+        parts.turns,
+    )
+    admin = AdminService(
+        driver,
+        parts.roster,
+        parts.registry,
+        tokens,
+        config.name,
+        parts.store,
+        parts.pool,
+        parts.turns,
+        datetime.now(UTC),
+    )
+    enrollment = EnrollmentService(tokens, coordinator)
+    main, enrolling = (
+        grpc.aio.server(interceptors=edge_interceptors(config.name), options=SERVER_OPTIONS) for _ in range(2)
+    )
+    federation_pb2_grpc.add_FederationServicer_to_server(federation, main)
+    admin_pb2_grpc.add_AdminServicer_to_server(admin, main)
+    health_pb2_grpc.add_HealthServicer_to_server(parts.health, main)
+    enrollment_pb2_grpc.add_EnrollmentServicer_to_server(enrollment, enrolling)
+    _listen(main, config, config.port, server_credentials(credential, require_client_certificate=True))
+    _listen(
+        enrolling,
+        config,
+        config.enroll_port,
+        server_credentials(credential, require_client_certificate=False),
+    )
+    await main.start()
+    await enrolling.start()
+    for service in ("fedcore.v1.Federation", "fedcore.v1.Admin", "fedcore.v1.Enrollment"):
+        parts.health.set(service, True)
+    return main, enrolling
+
+
+def _listen(
+    server: grpc.aio.Server, config: ServerConfig, port: int, credentials: grpc.ServerCredentials
+) -> None:
+    address = f"{config.listen}:{port}"
+    try:
+        bound = server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        bound = 0
+        log.debug("bind failed", address=address, error=str(error))
+    if bound != port:
+        raise ConfigError(
+            f"can't listen on {address}: the port is in use, or the address is not this machine's",
+            hint="stop the other program, or change port or listen in fedserver.toml",
+        )
+
+
+async def _drain(
+    parts: Coordinator, servers: tuple[grpc.aio.Server, grpc.aio.Server], driving: asyncio.Task[None]
+) -> None:
+    """Stop in order: take no calls, end the streams, withdraw computations, then let the database close."""
+    log.info("coordinator stops")
+    parts.health.shut_down()
+    driving.cancel()
+    with contextlib.suppress(asyncio.CancelledError, Exception):  # told already, by _serve
+        await driving
+    for session in list(parts.roster.sessions.values()):
+        session.end()
+    await asyncio.gather(*(server.stop(_DRAIN_S) for server in servers))
+    await parts.compute.close()
+    parts.pool.shutdown(wait=False, cancel_futures=True)

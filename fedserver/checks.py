@@ -1,0 +1,50 @@
+"""What `fedserver check-config` looks at: everything that `serve` needs and that can be wrong on disk."""
+
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+from fedcore.config import load_config
+from fedcore.credential import load_credential
+from fedcore.database import open_database
+from fedcore.errors import ConfigError
+from fedcore.identity import Subject
+from fedserver.authority import load_authority
+from fedserver.config import ServerConfig, ServerHome
+from fedserver.registry import Registry
+from fedserver.schema import MIGRATIONS
+
+
+def load_home(home: Path) -> ServerConfig:
+    """The configuration of an initialised home. Raises ConfigError that says what to do if it is not one."""
+    config = ServerHome(home).config
+    if not config.is_file():
+        raise ConfigError(
+            f"{home} is no coordinator's home: {config.name} is missing",
+            hint="make one: fedserver init --home DIR --name NAME --host HOST",
+        )
+    return load_config(config, ServerConfig)
+
+
+def check_home(home: Path, now: datetime) -> Iterator[str]:
+    """Check one thing after the other, saying what was found good.
+
+    Raises ConfigError, IdentityError or StorageError for the first thing that is not.
+    """
+    paths = ServerHome(home)
+    config = load_home(home)
+    yield f"ok  {paths.config}: federation {config.name}, {config.host}:{config.port}"
+    authority = load_authority(paths.pki, config.name)
+    yield f"ok  {paths.pki}: issuing CA until {authority.issuing.certificate.not_valid_after_utc:%Y-%m-%d}"
+    credential = load_credential(paths.credential, now)
+    expected = Subject(config.name, "coordinator", "")
+    if credential.subject != expected:
+        raise ConfigError(
+            f"{paths.credential} is of {credential.subject.spiffe_id}, expected {expected.spiffe_id}"
+        )
+    yield f"ok  {paths.credential}: certificate until {credential.certificate.not_valid_after_utc:%Y-%m-%d}"
+    database = open_database(paths.database, MIGRATIONS)
+    try:
+        yield f"ok  {paths.database}: {len(Registry(database).sites())} sites"
+    finally:
+        database.close()

@@ -1,0 +1,86 @@
+"""`fedserver`: make a coordinator's home, check it, serve it."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedcore.program import run_program
+
+app = typer.Typer(
+    help="The coordinator of a fedimpres federation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+HomeOption = Annotated[Path, typer.Option("--home", help="The coordinator's folder.", file_okay=False)]
+
+
+@app.command()
+def init(
+    home: HomeOption,
+    name: Annotated[str, typer.Option(help="The federation's name; it stands in every certificate.")],
+    host: Annotated[str, typer.Option(help="The name or address that sites dial.")],
+    port: Annotated[int, typer.Option(help="Port for sites and operators.", min=1, max=65535)] = 8443,
+    enroll_port: Annotated[int, typer.Option(help="Port for enrolment.", min=1, max=65535)] = 8444,
+) -> None:
+    """Make a federation: root and issuing CA, coordinator certificate, first operator credential,
+    configuration.
+    """
+    from fedserver.initialise import initialise
+
+    made = initialise(home, name=name, host=host, port=port, enroll_port=enroll_port, now=datetime.now(UTC))
+    typer.echo(f"""\
+Federation {name} is ready in {home}.
+  coordinator     {made.coordinator}
+  CA fingerprint  {made.ca_fingerprint}
+
+Next:
+  1. fedserver serve --home {home}
+  2. copy {made.home.operator} to the operator's machine, then there:
+     fedctl context add {name} --credential {made.home.operator}
+  3. for each site:  fedctl enroll token create --site SITE
+
+{made.home.pki / "root.key"} is not needed to serve: keep it offline, and back it up.""")
+
+
+@app.command()
+def serve(
+    home: HomeOption,
+    lifeline: Annotated[
+        int | None, typer.Option(hidden=True, help="Descriptor whose end of file ends the program.")
+    ] = None,
+) -> None:
+    """Serve a federation until SIGTERM or Ctrl-C."""
+    from fedserver.app import run
+
+    raise typer.Exit(run(home, lifeline))
+
+
+@app.command("check-config")
+def check_config(home: HomeOption) -> None:
+    """Check configuration, certificates and database of a home, without serving it."""
+    from fedserver.checks import check_home
+
+    for line in check_home(home, datetime.now(UTC)):
+        typer.echo(line)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from fedcore.version import software_version
+
+    typer.echo(f"fedserver {software_version()}")
+
+
+def main() -> None:
+    """Entry point of the script `fedserver`."""
+    run_program(app)
+
+
+if __name__ == "__main__":
+    main()

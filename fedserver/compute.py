@@ -1,0 +1,271 @@
+"""The coordinator's compute process: `python -m fedserver.compute`. Commands are in docs/design.md.
+
+A command may carry `compute`, the section of fedserver.toml (device, threads); without it the device is
+"auto".
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedcore.compute_worker import Handler, Job, serve
+from fedcore.data import LabelledImages, open_dataset
+from fedcore.device import ComputeDevice, open_device
+from fedcore.errors import ConfigError, DataError, PlanError, TensorMismatchError
+from fedcore.evaluation import evaluate
+from fedcore.models import build_model
+from fedcore.models.base import FederatedModel, norm_tensor_names
+from fedcore.models.state_file import load_tensors, save_state, specs_of
+from fedcore.plan import ModelSection, Plan, plan_from_json
+from fedcore.seeding import derive_seed
+from fedcore.tensor_file import EXTRA_PREFIX, TensorManifest, TensorSpec, check_expected
+from fedserver.aggregation import average_over_rounds
+from fedserver.config import ComputeConfig
+from fedserver.strategies import load_strategy
+from fedserver.strategies.base import MergeRequest, SiteReport, SiteUpdate, Strategy
+from fedserver.synthesis.bank import Bank
+from fedserver.synthesis.make import check_synthesis, make_bank
+from fedserver.synthesis.readiness import ready
+
+
+class ServerCompute:
+    """The commands of the coordinator's compute process; its test set stays loaded between them."""
+
+    def __init__(self) -> None:
+        self._test_set: tuple[object, LabelledImages] | None = None
+
+    def handlers(self) -> dict[str, Handler]:
+        """Commands by name."""
+        return {
+            "initialise": self.initialise,
+            "aggregate": self.aggregate,
+            "synthesise": self.synthesise,
+            "evaluate": self.evaluate,
+        }
+
+    def initialise(self, args: dict[str, Any], job: Job) -> dict[str, Any]:
+        """Write the run's first model: drawn from the plan's seed, or read from `initial`.
+
+        Raises PlanError if the strategy or the model is unknown, TensorMismatchError if the initial model is
+        not of the plan's architecture, StorageError if it is damaged.
+        """
+        plan = plan_from_json(args["plan"])
+        _device(args)
+        strategy = load_strategy(plan)
+        model = initial_model(plan)
+        if strategy.synthesis is not None:
+            check_synthesis(plan, model, strategy.synthesis)
+        state: Mapping[str, Tensor] = model.state_dict()
+        if args["initial"] is not None:
+            state = _read_initial(Path(args["initial"]), state)
+        layout = _layout_of(model)
+        local = strategy.local_tensors(layout.names, layout.norm_names)
+        sent = [spec for spec in layout.specs if spec.name not in local]
+        return {
+            "digest": save_state(Path(args["out"]), state),
+            "update_tensors": [
+                [spec.name, spec.dtype, list(spec.shape)] for spec in [*sent, *_extras(strategy, layout)]
+            ],
+            "local_tensors": list(local),
+            "objective": strategy.objective,
+            "objective_options": dict(strategy.objective_options),
+            "shares_state": strategy.shares_state,
+            "synthesises_once": strategy.synthesises_once,
+        }
+
+    def aggregate(self, args: dict[str, Any], job: Job) -> dict[str, Any]:
+        """Merge a round's updates, move the strategy's state on, average the model over rounds.
+
+        Raises EmptyRoundError, LearningError, StorageError.
+        """
+        plan = plan_from_json(args["plan"])
+        _device(args)
+        strategy = load_strategy(plan)
+        layout = _layout(plan.model.model_dump_json())
+        local = strategy.local_tensors(layout.names, layout.norm_names)
+        request = MergeRequest(
+            round=int(args["round"]),
+            model=Path(args["model"]),
+            updates=[
+                SiteUpdate(Path(update["path"]), SiteReport.of(update["site"], update["report"]))
+                for update in args["updates"]
+            ],
+            local_tensors=local,
+            out=Path(args["out"]),
+            extras=_extras(strategy, layout),
+            parameters=layout.parameters,
+            state=_path(args["state"]),
+            state_out=Path(args["state_out"]),
+            num_sites=int(args["num_sites"]),
+        )
+        result = strategy.merge(request)
+        return {
+            "digest": result.digest,
+            "accepted": list(result.accepted),
+            "rejected": dict(result.rejected),
+            "state_digest": result.state_digest,
+            "released_digest": _release(
+                strategy, request, previous=_path(args["released"]), out=Path(args["released_out"])
+            ),
+        }
+
+    def synthesise(self, args: dict[str, Any], job: Job) -> dict[str, Any]:
+        """Make a bank of impressions; none, with digest null and the reason as note, while it's too early.
+
+        `previous` is the bank before. `last_model`, the global model of the round before, and
+        `validation_accuracy` of the newest round that has one may be missing. Raises LearningError; PlanError if
+        the strategy makes none.
+        """
+        plan = plan_from_json(args["plan"])
+        device = _device(args)
+        options = load_strategy(plan).synthesis
+        if options is None:
+            raise PlanError(f"strategy '{plan.strategy}' makes no impressions")
+        previous, last_model = _path(args["previous"]), _path(args.get("last_model"))
+        decision = ready(
+            args.get("validation_accuracy"),
+            plan.model.classes,
+            options,
+            warmup=plan.synthesis.warmup_rounds,
+            has_bank=previous is not None,
+        )
+        if not decision.ready:
+            return {"digest": None, "made": 0, "note": decision.reason, "figures": {}}
+        made = make_bank(
+            plan,
+            int(args["round"]),
+            load_tensors(Path(args["model"])),
+            options,
+            device=device,
+            job=job,
+            previous=None if previous is None else Bank.load(previous),
+            last_state=None if last_model is None else load_tensors(last_model),
+        )
+        digest = made.bank.save(Path(args["out"]))
+        return {"digest": digest, "made": len(made.bank), "note": made.note, "figures": made.figures}
+
+    def evaluate(self, args: dict[str, Any], job: Job) -> dict[str, Any]:
+        """Score a model on the coordinator's own test set, an npz. Raises DataError, StorageError."""
+        plan = plan_from_json(args["plan"])
+        device = _device(args)
+        images = self._test_images(plan, Path(args["data"]))
+        model = build_model(plan.model)
+        model.load_state_dict(load_tensors(Path(args["model"])))
+        found = evaluate(device.place(model), images, plan, device.device, per_class=True, check=job.check)
+        return {"splits": [{"split": "test", **asdict(found)}]}
+
+    def _test_images(self, plan: Plan, path: Path) -> LabelledImages:
+        """The test split, read again only when the file or what the plan makes of it has changed."""
+        try:
+            changed = path.stat().st_mtime_ns
+        except OSError as error:
+            raise DataError(f"evaluation.data: {path}: can't be read: {error.strerror}") from error
+        key = (path, changed, plan.model.input, plan.model.classes, plan.data, plan.transform)
+        if self._test_set is None or self._test_set[0] != key:
+            self._test_set = None
+            site = open_dataset("npz", path, class_names=plan.data.class_names).read(plan)
+            if not len(site.test):
+                raise DataError(f"evaluation.data: {path}: has no test images")
+            self._test_set = (key, site.test)
+        return self._test_set[1]
+
+
+def initial_model(plan: Plan) -> FederatedModel:
+    """The plan's model, its weights drawn from the plan's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(plan.seed, "initial model"))
+        return build_model(plan.model)
+
+
+def _read_initial(path: Path, model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An operator's initial model, from any writer.
+
+    Raises PlanError if it is not of the plan's architecture.
+    """
+    state = load_tensors(path, canonical=False)
+    try:
+        check_expected(
+            TensorManifest.of(specs_of(state)),
+            TensorManifest.of(specs_of(model)),
+            f"training.initial: {path.name}",
+        )
+    except TensorMismatchError as error:
+        raise PlanError(error.message, hint="the initial model must be of the plan's architecture") from error
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise PlanError(f"training.initial: {path.name}: tensor '{name}' holds NaN or Inf")
+    return {name: state[name] for name in model}
+
+
+def _release(strategy: Strategy, request: MergeRequest, *, previous: Path | None, out: Path) -> str | None:
+    """Write the model's average over rounds, as the strategy's option `ema` asks; None if it is the model.
+
+    After r rounds the model of round i weighs ema^(r - i), the sum of weights being one: the first rounds are not
+    pulled towards the untrained model. Source of the correction: Kingma & Ba 2015, Adam, arXiv:1412.6980, section 3.
+    """
+    ema, number = strategy.options.ema, request.round
+    if ema == 0 or previous is None:
+        return None
+    keep = ema * (1 - ema ** (number - 1)) / (1 - ema**number)
+    return average_over_rounds(previous, request.out, keep, request.local_tensors, out)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What a model is made of, known without keeping it."""
+
+    specs: tuple[TensorSpec, ...]
+    names: tuple[str, ...]
+    norm_names: frozenset[str]
+    parameters: frozenset[str]
+
+
+@lru_cache(maxsize=8)
+def _layout(model_section: str) -> _Layout:
+    """The layout of a plan's model; a large one is not built in each round."""
+    with torch.random.fork_rng(devices=[]):
+        return _layout_of(build_model(ModelSection.model_validate_json(model_section)))
+
+
+def _layout_of(model: FederatedModel) -> _Layout:
+    state = model.state_dict()
+    return _Layout(
+        specs=tuple(specs_of(state)),
+        names=tuple(state),
+        norm_names=frozenset(norm_tensor_names(model)),
+        parameters=frozenset(name for name, p in model.named_parameters() if p.requires_grad),
+    )
+
+
+def _extras(strategy: Strategy, layout: _Layout) -> list[TensorSpec]:
+    """What the strategy wants beside the model's tensors. Raises ConfigError for a name that it may not use."""
+    extras = strategy.update_extras(layout.specs, layout.parameters)
+    for spec in extras:
+        if not spec.name.startswith(EXTRA_PREFIX):
+            raise ConfigError(
+                f"strategy '{strategy.name}': update_extras names '{spec.name}', expected '{EXTRA_PREFIX}...'"
+            )
+    return extras
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
+
+
+def _device(args: dict[str, Any]) -> ComputeDevice:
+    config = ComputeConfig.model_validate(args.get("compute", {}))
+    return open_device(config.device, config.threads)
+
+
+def main() -> None:
+    """Serve commands on stdin and stdout until stdin ends."""
+    serve(ServerCompute().handlers())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Performs the round machine's compute commands: from a command to the event that says how it ended.
+
+Every result is a durable artifact before its event exists. A compute process that dies is started again and the command
+repeated a few times; recomputing gives the same bytes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import structlog
+from pydantic import ValidationError
+
+from fedcore.artifact_store import ArtifactStore
+from fedcore.clock import Clock
+from fedcore.compute_host import ComputeHost, Progress
+from fedcore.errors import ComputeError, FedimpresError
+from fedcore.plan import describe_problems
+from fedserver import round_events as ev
+from fedserver.directives import initialised_event
+from fedserver.round_machine import Aggregate, EvaluateHere, Initialise, Synthesise
+from fedserver.round_state import RunState
+
+ATTEMPTS = 3
+log = structlog.get_logger(__name__)
+
+ComputeCommand = Initialise | Aggregate | Synthesise | EvaluateHere
+
+
+class ComputeWork:
+    """Compute commands of the coordinator, each answered with one event."""
+
+    def __init__(
+        self, host: ComputeHost, store: ArtifactStore, clock: Clock, compute: dict[str, Any]
+    ) -> None:
+        """`compute` is the configuration section of that name, as an object."""
+        self._host = host
+        self._store = store
+        self._clock = clock
+        self._compute = compute
+
+    async def perform(
+        self, state: RunState, command: ComputeCommand, initial: str | None, on_progress: Progress
+    ) -> ev.Event:
+        """Do a command; failures become events, only cancellation is raised."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return await self._attempt(state, command, initial, on_progress)
+            except ValidationError as error:
+                return self.failed(command, f"the compute process answered {describe_problems(error)}")
+            except ComputeError as error:
+                log.warning(
+                    "compute command failed", run=state.run, command=type(command).__name__, error=str(error)
+                )
+                if attempt == ATTEMPTS:
+                    return self.failed(command, error.message)
+            except FedimpresError as error:
+                return self.failed(command, error.message)
+        raise AssertionError("unreachable")
+
+    async def _attempt(
+        self, state: RunState, command: ComputeCommand, initial: str | None, on_progress: Progress
+    ) -> ev.Event:
+        out = self._store.new_path()
+        plan = state.plan.to_json()
+        try:
+            match command:
+                case Initialise():
+                    path = str(self._store.find(initial)) if initial else None
+                    result = await self._run("initialise", on_progress, plan=plan, initial=path, out=str(out))
+                    self._store.adopt(out, result["digest"])
+                    return initialised_event(result, self._clock.wall())
+                case Aggregate():
+                    return await self._aggregate(command, plan, len(state.sites), out, on_progress)
+                case Synthesise():
+                    result = await self._run(
+                        "synthesise", on_progress, plan=plan, round=command.round,
+                        model=str(self._store.find(command.model)), previous=self._path(command.previous), out=str(out),
+                        last_model=self._path(state.released or state.model),
+                        validation_accuracy=_newest_validation(state),
+                    )  # fmt: skip
+                    if result["digest"] is not None:
+                        self._store.adopt(out, result["digest"])
+                    return ev.SynthesisFinished(
+                        at=self._clock.wall(),
+                        round=command.round,
+                        impressions=result["digest"],
+                        made=result["made"],
+                        note=result["note"],
+                        figures=result["figures"],
+                    )
+                case EvaluateHere():
+                    result = await self._run(
+                        "evaluate", on_progress, plan=plan,
+                        model=str(self._store.find(command.model)), data=state.plan.evaluation.data,
+                    )  # fmt: skip
+                    metrics = tuple(ev.Metrics.model_validate(split) for split in result["splits"])
+                    return ev.EvaluationReported(
+                        at=self._clock.wall(), round=command.round, site="", metrics=metrics
+                    )
+        finally:
+            out.unlink(missing_ok=True)
+
+    async def _aggregate(
+        self, command: Aggregate, plan: str, num_sites: int, out: Path, on_progress: Progress
+    ) -> ev.Event:
+        updates = [
+            {"site": site, "path": str(self._store.find(digest)), "report": report.model_dump()}
+            for site, digest, report in command.updates
+        ]
+        state_out, released_out = self._store.new_path(), self._store.new_path()
+        try:
+            result = await self._run(
+                "aggregate", on_progress, plan=plan, round=command.round, num_sites=num_sites,
+                model=str(self._store.find(command.model)), updates=updates, out=str(out),
+                state=self._path(command.strategy_state), state_out=str(state_out),
+                released=self._path(command.released), released_out=str(released_out),
+            )  # fmt: skip
+            self._store.adopt(out, result["digest"])
+            if result["state_digest"] is not None:
+                self._store.adopt(state_out, result["state_digest"])
+            if result["released_digest"] is not None:
+                self._store.adopt(released_out, result["released_digest"])
+        finally:
+            state_out.unlink(missing_ok=True)
+            released_out.unlink(missing_ok=True)
+        return ev.AggregationFinished(
+            at=self._clock.wall(),
+            round=command.round,
+            model=result["digest"],
+            accepted=tuple(result["accepted"]),
+            rejected=result["rejected"],
+            released=result["released_digest"],
+            strategy_state=result["state_digest"],
+        )
+
+    def _path(self, digest: str | None) -> str | None:
+        return str(self._store.find(digest)) if digest is not None else None
+
+    async def _run(self, command: str, on_progress: Progress, **args: Any) -> dict[str, Any]:
+        return await self._host.run(command, {"compute": self._compute, **args}, on_progress)
+
+    def failed(self, command: ComputeCommand, reason: str) -> ev.Event:
+        """The event that says that a command came to nothing."""
+        at = self._clock.wall()
+        match command:
+            case Initialise():
+                return ev.RunFinished(at=at, status="FAILED", reason=f"no first model: {reason}")
+            case Aggregate():
+                return ev.AggregationFailed(at=at, round=command.round, reason=reason, rejected={})
+            case Synthesise():
+                note = f"no impressions this round: {reason}"
+                return ev.SynthesisFinished(at=at, round=command.round, impressions=None, made=0, note=note)
+            case EvaluateHere():
+                return ev.EvaluationLetGo(at=at, round=command.round, site="", reason=reason)
+
+
+def _newest_validation(state: RunState) -> float | None:
+    """Validated accuracy of the newest finished round that has one."""
+    known = (record.validation_accuracy for record in reversed(state.records))
+    return next((accuracy for accuracy in known if accuracy is not None), None)

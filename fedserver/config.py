@@ -1,0 +1,90 @@
+"""fedserver.toml, and where things lie in the coordinator's home."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from fedcore.config import ConfigSection
+from fedcore.plan import Name
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class ComputeConfig(ConfigSection):
+    """Where aggregation and synthesis run. `threads` = 0 leaves the choice to PyTorch."""
+
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    threads: int = Field(0, ge=0, le=1024)
+
+
+class AdmissionConfig(ConfigSection):
+    """How much the coordinator takes on at once."""
+
+    max_agents: int = Field(2000, ge=1)
+    # Chunks of 2 MiB that move at a time; transfers beyond that take turns. Each costs about 10 MB of memory.
+    max_transfers: int = Field(4, ge=1)
+
+
+class ServerConfig(ConfigSection):
+    """fedserver.toml."""
+
+    name: Name
+    # The name that sites dial; it stands in the certificate.
+    host: str = Field(min_length=1)
+    port: Port = 8443
+    enroll_port: Port = 8444
+    # Interface to listen on; "[::]" is all of them, IPv4 included.
+    listen: str = "[::]"
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
+    heartbeat_interval_s: float = Field(5.0, gt=0)
+    compute: ComputeConfig = ComputeConfig()
+    admission: AdmissionConfig = AdmissionConfig()
+
+
+@dataclass(frozen=True, slots=True)
+class ServerHome:
+    """Paths below the coordinator's home folder."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """fedserver.toml."""
+        return self.root / "fedserver.toml"
+
+    @property
+    def pki(self) -> Path:
+        """Root and issuing CA: root.crt, root.key, issuing.crt, issuing.key."""
+        return self.root / "pki"
+
+    @property
+    def credential(self) -> Path:
+        """The coordinator's own credential folder."""
+        return self.root / "credential"
+
+    @property
+    def operator(self) -> Path:
+        """The first operator's credential folder."""
+        return self.root / "operator"
+
+    @property
+    def database(self) -> Path:
+        """Journal, tokens, certificates, sites."""
+        return self.root / "fedserver.db"
+
+    @property
+    def artifacts(self) -> Path:
+        """Content-addressed models, updates and impressions."""
+        return self.root / "artifacts"
+
+    @property
+    def spool(self) -> Path:
+        """Updates that are still arriving."""
+        return self.root / "spool"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the one coordinator that serves this home."""
+        return self.root / "lock"

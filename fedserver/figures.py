@@ -1,0 +1,128 @@
+"""From what the sites reported to a round's record. Pure."""
+
+from collections.abc import Iterable
+
+from fedcore.round_record import ImpressionFigures, RoundRecord, SiteFigures
+from fedserver.round_events import Metrics
+from fedserver.round_state import Round, RunState
+
+NOT_SHARED = "sites do not share per-class counts (policy share_class_metrics)"
+
+
+def pooled(metrics: Iterable[Metrics]) -> Metrics | None:
+    """Sum figures over sites; per-class counts only if every site with images gave them. None without images."""
+    present = [m for m in metrics if m.num_examples > 0]
+    if not present:
+        return None
+    shared = all(m.class_totals for m in present)
+    return Metrics(
+        split=present[0].split,
+        num_examples=sum(m.num_examples for m in present),
+        num_correct=sum(m.num_correct for m in present),
+        loss_sum=sum(m.loss_sum for m in present),
+        class_totals=_add(m.class_totals for m in present) if shared else (),
+        class_correct=_add(m.class_correct for m in present) if shared else (),
+    )
+
+
+def _add(rows: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(map(sum, zip(*rows, strict=True)))
+
+
+def accuracy(metrics: Metrics | None) -> float | None:
+    """Share of images recognised."""
+    return metrics.num_correct / metrics.num_examples if metrics is not None else None
+
+
+def recalls(metrics: Metrics | None, class_names: tuple[str, ...]) -> dict[str, float] | None:
+    """Recall of each class that occurs; None without per-class counts."""
+    if metrics is None or not metrics.class_totals:
+        return None
+    rows = zip(class_names, metrics.class_totals, metrics.class_correct, strict=True)
+    return {name: correct / total for name, total, correct in rows if total > 0}
+
+
+def held_out(metrics: tuple[Metrics, ...]) -> Metrics | None:
+    """The split that figures are reported on: test, or validation where a site has no test images."""
+    by_split = {m.split: m for m in metrics if m.num_examples > 0}
+    return by_split.get("test") or by_split.get("validation")
+
+
+def round_record(state: RunState, current: Round, now: float, bytes_down: int) -> RoundRecord:
+    """The record of a round whose sites have all reported or been let go. `now` is wall-clock seconds."""
+    sites = {
+        s: m for s in sorted(current.evaluations) if s and (m := held_out(current.evaluations[s])) is not None
+    }
+    own = held_out(current.evaluations.get("", ()))
+    pool = pooled(sites.values())
+    by_class = recalls(own or pool, state.plan.class_names)
+    validation = pooled(
+        m for s, ms in current.evaluations.items() if s for m in ms if m.split == "validation"
+    )
+    made, note = current.synthesised or (0, "")
+    return RoundRecord(
+        round=current.number,
+        expected=len(current.expected),
+        registered=len([s for s in current.registered if s in current.expected]),
+        started=len(current.started),
+        reported=len(current.reported) + len(set(current.rejected) - set(current.reported)),
+        aggregated=len(current.accepted),
+        accuracy=accuracy(own or pool),
+        balanced_accuracy=sum(by_class.values()) / len(by_class) if by_class else None,
+        balanced_accuracy_note="" if by_class else NOT_SHARED,
+        validation_accuracy=accuracy(validation),
+        loss=pool.loss_sum / pool.num_examples if pool is not None else None,
+        sites={
+            s: SiteFigures(accuracy=m.num_correct / m.num_examples, num_examples=m.num_examples)
+            for s, m in sites.items()
+        },
+        classes=by_class,
+        impressions=ImpressionFigures(
+            made=made,
+            used={s: u.report.num_impressions for s, u in sorted(current.reported.items())},
+            note=note,
+            figures=dict(current.synthesis_figures),
+        ),
+        phases_s=_phases(current, now),
+        seconds=max(0.0, now - current.opened_at),
+        bytes_up=sum(u.payload_bytes for u in current.reported.values()),
+        bytes_down=bytes_down,
+        missing=_missing(current),
+        attempts=current.attempt,
+        model=current.released or "",
+        impressions_digest=current.new_impressions or "",
+        training={s: _training(u.report.model_dump()) for s, u in sorted(current.reported.items())},
+    )
+
+
+def _training(report: dict[str, float | int | str]) -> dict[str, float | int | str]:
+    return {key: value for key, value in report.items() if key != "num_impressions"}
+
+
+def _missing(current: Round) -> dict[str, str]:
+    missing = {}
+    for site in current.expected:
+        if site in current.accepted:
+            continue
+        if site in current.rejected:
+            missing[site] = f"update refused: {current.rejected[site]}"
+        else:
+            missing[site] = current.let_go.get(site) or _why_absent(current.absent.get(site))
+    return missing
+
+
+def _why_absent(reason: str | None) -> str:
+    return "not there when the round opened" + (f": {reason}" if reason else "")
+
+
+def _phases(current: Round, now: float) -> dict[str, float]:
+    closed = current.closed_at or now
+    aggregated = current.aggregated_at or closed
+    phases = {
+        "training": closed - current.opened_at,
+        "aggregating": aggregated - closed,
+        "evaluating": (current.evaluated_at or aggregated) - aggregated,
+    }
+    if current.synthesised_at is not None:
+        phases["synthesising"] = current.synthesised_at - aggregated
+    return {name: round(max(0.0, seconds), 4) for name, seconds in phases.items()}

@@ -1,0 +1,109 @@
+"""The journal of runs: what was submitted and everything that happened since, in SQLite. Replaying it is recovery."""
+
+import sqlite3
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from pydantic import ValidationError
+
+from fedcore.database import Database
+from fedcore.errors import FedimpresError, StorageError
+from fedcore.plan import Plan, plan_from_json
+from fedserver.round_events import EVENT, Event
+from fedserver.round_machine import apply
+from fedserver.round_state import RunState
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A run as it was asked for."""
+
+    run: str
+    seq: int
+    request_id: str | None
+    submitted_at: str
+    submitted_by: str
+    plan: Plan
+
+
+class Journal:
+    """Submissions and events. An event is durable when `append` returns."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def submit(self, run: str, plan: Plan, *, request_id: str | None, submitted_by: str) -> Submission:
+        """Record a submission and return it; the one recorded before, if the same request was."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+
+        def write(connection: sqlite3.Connection) -> None:
+            if request_id is not None:
+                known = connection.execute(
+                    "SELECT 1 FROM runs WHERE request_id = ?", (request_id,)
+                ).fetchone()
+                if known is not None:
+                    return
+            connection.execute(
+                "INSERT INTO runs (run, seq, request_id, submitted_at, submitted_by, plan_json)"
+                " VALUES (?, (SELECT coalesce(max(seq), 0) + 1 FROM runs), ?, ?, ?, ?)",
+                (run, request_id, now, submitted_by, plan.to_json()),
+            )
+
+        await self._database.write(write)
+        for submission in self.submissions():
+            if submission.run == run or (request_id is not None and submission.request_id == request_id):
+                return submission
+        raise StorageError(f"run {run} was recorded but can't be read back")
+
+    def submissions(self) -> list[Submission]:
+        """All submissions, the oldest first. Raises StorageError if one can't be read."""
+        columns = "run, seq, request_id, submitted_at, submitted_by, plan_json"
+        rows = self._database.read(
+            lambda c: c.execute(f"SELECT {columns} FROM runs ORDER BY seq").fetchall()  # noqa: S608
+        )
+        try:
+            return [
+                Submission(run, seq, request_id, at, by, plan_from_json(plan_json, f"run {run}"))
+                for run, seq, request_id, at, by, plan_json in rows
+            ]
+        except FedimpresError as error:
+            raise StorageError(f"journal: {error.message}") from error
+
+    async def append(self, events: Sequence[tuple[str, Event]]) -> None:
+        """Record (run, event) pairs in one transaction."""
+        at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        rows = [(run, at, event.kind, event.model_dump_json()) for run, event in events]
+
+        def write(connection: sqlite3.Connection) -> None:
+            connection.executemany("INSERT INTO journal (run, at, kind, body) VALUES (?, ?, ?, ?)", rows)
+
+        await self._database.write(write)
+
+    def events(self, run: str) -> list[Event]:
+        """Everything that happened to a run, in order. Raises StorageError if a record can't be read."""
+        rows = self._database.read(
+            lambda c: c.execute("SELECT seq, body FROM journal WHERE run = ? ORDER BY seq", (run,)).fetchall()
+        )
+        events = []
+        for seq, body in rows:
+            try:
+                events.append(EVENT.validate_json(body))
+            except ValidationError as error:
+                raise StorageError(
+                    f"journal record {seq} of run {run} can't be read: {error.errors()[0]['msg']}",
+                    hint="restore the database from a backup",
+                ) from error
+        return events
+
+    def replay(self) -> list[tuple[Submission, RunState]]:
+        """Every run with its state, the oldest first."""
+        return [(s, replay(s.run, s.plan, self.events(s.run))) for s in self.submissions()]
+
+
+def replay(run: str, plan: Plan, events: Iterable[Event]) -> RunState:
+    """The state that a run's events lead to."""
+    state = RunState(run=run, plan=plan)
+    for event in events:
+        state = apply(state, event)
+    return state

@@ -1,0 +1,140 @@
+"""Which agents are connected, what they can do, and what each does now. Lives in memory: a restart begins empty."""
+
+import asyncio
+import secrets
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from fedcore.clock import Clock
+from fedcore.errors import IdentityError, OverloadedError
+from fedcore.v1 import federation_pb2
+from fedserver.round_decisions import Presence
+from fedserver.round_machine import Evaluate, Train
+
+_QUEUE_DEPTH = 64
+
+Assignment = Train | Evaluate
+
+
+@dataclass(slots=True)
+class SiteProgress:
+    """What a site said of its work last."""
+
+    stage: str = ""
+    done: int = 0
+    total: int = 0
+    loss: float = 0.0
+    images_per_s: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One connection of one agent. `outbox` holds directives to send; None in it ends the stream."""
+
+    site: str
+    id: str
+    capabilities: federation_pb2.Capabilities
+    since: float
+    last_progress: float
+    outbox: asyncio.Queue[federation_pb2.Directive | None] = field(
+        default_factory=lambda: asyncio.Queue(_QUEUE_DEPTH)
+    )
+    run: str | None = None
+    assignment: Assignment | None = None
+    progress: SiteProgress = field(default_factory=SiteProgress)
+    # Whether the agent knows if it has work: one that returns may still be busy with what nobody waits for.
+    settled: bool = False
+
+    def send(self, directive: federation_pb2.Directive) -> bool:
+        """Queue a directive; False if the agent reads too slowly to take it."""
+        try:
+            self.outbox.put_nowait(directive)
+        except asyncio.QueueFull:
+            return False
+        return True
+
+    def end(self) -> None:
+        """End the stream, after what is queued if there is room, else at once."""
+        while self.outbox.full():
+            self.outbox.get_nowait()
+        self.outbox.put_nowait(None)
+
+
+@dataclass(slots=True)
+class _Greeting:
+    site: str
+    capabilities: federation_pb2.Capabilities
+    at: float
+
+
+class Roster:
+    """Sessions by site. The newest connection of a site is the one that counts."""
+
+    def __init__(self, clock: Clock, max_agents: int) -> None:
+        self._clock = clock
+        self._max_agents = max_agents
+        self._greetings: dict[str, _Greeting] = {}
+        self._sessions: dict[str, Session] = {}
+        self._left: dict[str, float] = {}
+        self._seen: dict[str, str] = {}
+
+    @property
+    def sessions(self) -> dict[str, Session]:
+        """The open session of each connected site."""
+        return self._sessions
+
+    def greet(self, site: str, capabilities: federation_pb2.Capabilities) -> str:
+        """Register a hello; returns the session id that Directives must name. Raises OverloadedError."""
+        if site not in self._sessions and len(self._sessions) >= self._max_agents:
+            raise OverloadedError(
+                f"{len(self._sessions)} agents are connected, the limit of this coordinator"
+            )
+        self._greetings = {s: g for s, g in self._greetings.items() if g.site != site}
+        session = secrets.token_hex(8)
+        self._greetings[session] = _Greeting(site, capabilities, self._clock.monotonic())
+        return session
+
+    def open(self, site: str, session_id: str) -> Session:
+        """Open the stream that a hello announced, ending an older one of the same site. Raises IdentityError."""
+        greeting = self._greetings.pop(session_id, None)
+        if greeting is None or greeting.site != site:
+            raise IdentityError(f"{site}: no hello for session {session_id[:40]!r}", hint="call Hello first")
+        older = self._sessions.pop(site, None)
+        if older is not None:
+            older.end()
+        now = self._clock.monotonic()
+        session = Session(site, session_id, greeting.capabilities, since=now, last_progress=now)
+        self._sessions[site] = session
+        self.touch(session)
+        return session
+
+    def close(self, session: Session) -> None:
+        """Forget a session whose stream has ended, unless a newer one took its place."""
+        if self._sessions.get(session.site) is session:
+            del self._sessions[session.site]
+            self._left[session.site] = self._clock.monotonic()
+        self.touch(session)
+
+    def touch(self, session: Session) -> None:
+        """Note that the site was heard of."""
+        self._seen[session.site] = datetime.now(UTC).isoformat(timespec="seconds")
+
+    def progressed(self, site: str) -> None:
+        """Note that a site's work moved."""
+        session = self._sessions.get(site)
+        if session is not None:
+            session.last_progress = self._clock.monotonic()
+
+    def last_seen(self, site: str) -> str:
+        """RFC 3339 time at which the site was last heard of since this coordinator started; empty if never."""
+        return self._seen.get(site, "")
+
+    def presence(self, unable: dict[str, str]) -> dict[str, Presence]:
+        """Every site that is or was here; `unable` says why a connected site can't take part."""
+        result = {
+            site: Presence(connected=False, unable="", since=at, last_progress=at)
+            for site, at in self._left.items()
+        }
+        for site, session in self._sessions.items():
+            result[site] = Presence(True, unable.get(site, ""), session.since, session.last_progress)
+        return result

@@ -1,0 +1,456 @@
+"""Runs the federation: takes facts in, journals them, and makes what is under way equal to what the machine asks for.
+
+One task owns all run states. Facts are posted to its mailbox; a batch of them is applied, completed by the machine's own
+decisions, written in one transaction, and only then answered and acted upon. So nothing is acknowledged or started that a
+crash could undo.
+"""
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from fedcore.artifact_store import ArtifactStore
+from fedcore.clock import Clock
+from fedcore.durability import syncs_so_far
+from fedcore.errors import ConflictError, FedimpresError, NotFoundError, StorageError
+from fedcore.plan import Plan
+from fedcore.tensor_file import read_manifest
+from fedserver import round_events as ev
+from fedserver.compute_work import ComputeCommand, ComputeWork
+from fedserver.directives import evaluate_directive, stop_directive, train_directive
+from fedserver.journal import Journal, Submission
+from fedserver.retention import sweep
+from fedserver.roster import Assignment, Roster, Session
+from fedserver.round_decisions import World, decide, waiting_for
+from fedserver.round_machine import Evaluate, Train, apply, work
+from fedserver.round_state import RunState, Stage, Status, needed, superseded
+from fedserver.suitability import unable_reason
+
+_TICK_S = 0.25
+_RETRY_S = 5.0
+# When a run ends, artifacts this old that no run needs are left-overs.
+_SWEEP_GRACE_S = 3600.0
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Posted:
+    run: str
+    event: ev.Event
+    done: asyncio.Future[RunState]
+
+
+@dataclass(slots=True)
+class RunView:
+    """A run as the services see it. `stage_since` is monotonic, `compute` what the compute process last said."""
+
+    submission: Submission
+    state: RunState
+    stage_since: float
+    stage_since_wall: float
+    compute: dict[str, Any] = field(default_factory=dict)
+    stage_key: tuple[Stage, int, int] | None = None
+
+
+class RoundDriver:
+    """The one owner of run states. `serve` must run for anything to move."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        store: ArtifactStore,
+        roster: Roster,
+        compute: ComputeWork,
+        clock: Clock,
+        sites_to_expect: Callable[[Plan], tuple[str, ...]],
+        synthesises: Callable[[Plan], bool],
+    ) -> None:
+        self._journal = journal
+        self._store = store
+        self._roster = roster
+        self._compute = compute
+        self._clock = clock
+        self._sites_to_expect = sites_to_expect
+        self._synthesises = synthesises
+        self._views: dict[str, RunView] = {}
+        self._mailbox: asyncio.Queue[_Posted | None] = asyncio.Queue()
+        self._computing: dict[ComputeCommand, asyncio.Task[None]] = {}
+        self._changed = asyncio.Condition()
+        self._bytes_down = 0
+
+    # -- what the services ask ------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """Replay the journal. Call once, before `serve`."""
+        for submission, state in self._journal.replay():
+            self._views[submission.run] = self._new_view(submission, state)
+
+    def views(self) -> list[RunView]:
+        """All runs, the oldest first."""
+        return list(self._views.values())
+
+    def view(self, run: str) -> RunView:
+        """A run by its id or a unique beginning of it. Raises NotFoundError, ConflictError."""
+        if run in self._views:
+            return self._views[run]
+        matches = [known for known in self._views if run and known.startswith(run)]
+        if not matches:
+            raise NotFoundError(f"no run {run[:80]!r}", hint="`fedctl run list` shows all runs")
+        if len(matches) > 1:
+            raise ConflictError(
+                f"{run[:80]!r} is the beginning of {len(matches)} runs: {', '.join(sorted(matches)[:5])}"
+            )
+        return self._views[matches[0]]
+
+    def active(self) -> RunView | None:
+        """The run that has left the queue and is not over."""
+        for view in self._views.values():
+            if view.state.status is not Status.QUEUED and not view.state.status.final:
+                return view
+        return None
+
+    def waiting_for(self, view: RunView) -> str:
+        """What a run waits for, in words."""
+        return waiting_for(view.state, self._world(view))
+
+    async def submit(self, plan: Plan, *, request_id: str | None, by: str) -> str:
+        """Queue a run; the same request id gives the same run. Returns its id."""
+        run = f"{plan.name}-{secrets.token_hex(4)}"
+        submission = await self._journal.submit(run, plan, request_id=request_id, submitted_by=by)
+        if submission.run not in self._views:  # new, or recorded by a call that was cut before it came here
+            state = RunState(run=submission.run, plan=submission.plan)
+            self._views[submission.run] = self._new_view(submission, state)
+            log.info("run submitted", run=submission.run, by=by, strategy=plan.strategy, rounds=plan.rounds)
+            self._mailbox.put_nowait(None)
+        return submission.run
+
+    async def post(self, run: str, event: ev.Event) -> RunState:
+        """Journal and apply a fact; returns the state once it is durable. Raises NotFoundError, ConflictError."""
+        if run not in self._views:
+            raise NotFoundError(f"no run {run[:80]!r}", hint="`fedctl run list` shows all runs")
+        done: asyncio.Future[RunState] = asyncio.get_running_loop().create_future()
+        self._mailbox.put_nowait(_Posted(run, event, done))
+        return await done
+
+    async def wait_changed(self, timeout_s: float) -> None:
+        """Return when some run changed, or after `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait()
+
+    def nudge(self) -> None:
+        """Look again: somebody connected, left or moved."""
+        if self._mailbox.empty():
+            self._mailbox.put_nowait(None)
+
+    def wall(self) -> float:
+        """Seconds since the epoch, for events."""
+        return self._clock.wall()
+
+    def readable_by(self, site: str, digest: str) -> Path:
+        """Path of an artifact that the site's present work needs. Raises NotFoundError for any other."""
+        view = self.active()
+        if view is not None and site in view.state.sites:
+            state, current = view.state, view.state.current
+            shared = state.strategy_state if state.shares_state else None
+            released = current.released if current is not None else None
+            if digest in {state.model, state.impressions, released, shared}:
+                return self._store.find(digest)
+        raise NotFoundError(f"{site}: artifact {digest[:64]!r} is not part of its present work")
+
+    def count_down(self, sent_bytes: int) -> None:
+        """Count bytes sent to sites in the round under way."""
+        self._bytes_down += sent_bytes
+
+    # -- the loop -------------------------------------------------------------------------------
+
+    async def serve(self) -> None:
+        """Drive runs until cancelled; compute commands in progress are withdrawn then."""
+        try:
+            while True:
+                posted = await self._next_batch()
+                await self._settle(posted)
+        finally:
+            for task in self._computing.values():
+                task.cancel()
+            await asyncio.gather(*self._computing.values(), return_exceptions=True)
+
+    async def _next_batch(self) -> list[_Posted]:
+        batch: list[_Posted] = []
+        try:
+            async with asyncio.timeout(_TICK_S):
+                first = await self._mailbox.get()
+        except TimeoutError:
+            return batch
+        if first is not None:
+            batch.append(first)
+        while not self._mailbox.empty():
+            following = self._mailbox.get_nowait()
+            if following is not None:
+                batch.append(following)
+        return batch
+
+    async def _settle(self, batch: list[_Posted]) -> None:
+        states = {run: view.state for run, view in self._views.items()}
+        recorded: list[tuple[str, ev.Event]] = []
+        answers: list[_Posted] = []
+        for posted in batch:
+            try:
+                states[posted.run] = self._apply(states, posted.run, posted.event)
+            except FedimpresError as error:
+                _fail(posted.done, error)
+                continue
+            recorded.append((posted.run, posted.event))
+            answers.append(posted)
+        self._decide(states, recorded)
+        if recorded:
+            try:
+                await self._journal.append(recorded)
+            except FedimpresError as error:
+                log.error("journal can't be written", error=str(error))
+                for posted in answers:
+                    _fail(posted.done, error)
+                return
+            await self._publish(states, recorded)
+            for posted in answers:
+                if not posted.done.done():
+                    posted.done.set_result(states[posted.run])
+        self._reconcile()
+
+    def _decide(self, states: dict[str, RunState], recorded: list[tuple[str, ev.Event]]) -> None:
+        """Apply what follows until nothing does: of the active run, and of the next in the queue."""
+        while True:
+            run = next(
+                (r for r, s in states.items() if s.status is not Status.QUEUED and not s.status.final), None
+            )
+            if run is None:
+                run = next((r for r, s in states.items() if s.status is Status.QUEUED), None)
+                if run is None:
+                    return
+                events: tuple[ev.Event, ...] = (self._start(states[run].plan),)
+            else:
+                events = decide(states[run], self._world(self._views[run], states[run]))
+            if not events:
+                return
+            for event in events:
+                states[run] = self._apply(states, run, event)
+                recorded.append((run, event))
+
+    def _apply(self, states: dict[str, RunState], run: str, event: ev.Event) -> RunState:
+        state = apply(states[run], event)
+        view, key = self._views[run], _stage_key(state)
+        if key != view.stage_key:
+            view.stage_key = key
+            view.stage_since, view.stage_since_wall = self._clock.monotonic(), self._clock.wall()
+            view.compute = {}
+        return state
+
+    def _start(self, plan: Plan) -> ev.Event:
+        sites = self._sites_to_expect(plan)
+        if len(sites) < plan.min_sites:
+            reason = f"min_sites is {plan.min_sites}, but only {len(sites)} sites are enrolled and enabled"
+            return ev.RunFinished(at=self._clock.wall(), status="FAILED", reason=reason)
+        try:
+            synthesises = self._synthesises(plan)
+        except FedimpresError as error:  # its plug-in was uninstalled while it was queued, say
+            return ev.RunFinished(at=self._clock.wall(), status="FAILED", reason=str(error))
+        return ev.RunStarted(at=self._clock.wall(), sites=sites, synthesises=synthesises)
+
+    def _world(self, view: RunView, state: RunState | None = None) -> World:
+        state = state or view.state
+        unable = {
+            site: unable_reason(state, session.capabilities)
+            for site, session in self._roster.sessions.items()
+        }
+        return World(
+            now=self._clock.monotonic(),
+            wall=self._clock.wall(),
+            stage_since=view.stage_since,
+            sites=self._roster.presence(unable),
+            bytes_down=self._bytes_down,
+        )
+
+    async def _publish(self, states: dict[str, RunState], recorded: list[tuple[str, ev.Event]]) -> None:
+        for run, event in recorded:
+            _log_event(run, event)
+            if isinstance(event, ev.RoundOpened):
+                self._bytes_down = 0
+        for run in {run for run, _ in recorded}:
+            view = self._views[run]
+            before, view.state = view.state, states[run]
+            self._discard(before, view.state)
+            if view.state.status.final:
+                sweep(self._store, [other.state for other in self._views.values()], _SWEEP_GRACE_S)
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _new_view(self, submission: Submission, state: RunState) -> RunView:
+        view = RunView(submission, state, self._clock.monotonic(), self._clock.wall())
+        if state.status is not Status.QUEUED:
+            view.stage_key = _stage_key(state)
+        return view
+
+    def discard_unneeded(self, digest: str) -> None:
+        """Delete an artifact that came too late, unless some run needs the same bytes."""
+        if not any(digest in needed(view.state) for view in self._views.values()):
+            self._store.delete(digest)
+
+    def _discard(self, before: RunState, after: RunState) -> None:
+        """Delete what a round that is over has superseded, unless some run still needs the same bytes."""
+        obsolete = superseded(before, after)
+        if obsolete:
+            obsolete -= {digest for view in self._views.values() for digest in needed(view.state)}
+        for digest in sorted(obsolete):
+            self._store.delete(digest)
+
+    # -- making it so ---------------------------------------------------------------------------
+
+    def _reconcile(self) -> None:
+        view = self.active()
+        wanted = work(view.state) if view is not None else ()
+        by_site = {command.site: command for command in wanted if isinstance(command, Train | Evaluate)}
+        try:
+            for site, session in list(self._roster.sessions.items()):
+                self._assign(session, view, by_site.get(site))
+        except FedimpresError as error:  # what the sites should fetch is missing or damaged on our disk
+            assert view is not None
+            self._give_up(view, error)
+            return
+        computing = {command for command in wanted if not isinstance(command, Train | Evaluate)}
+        for command, task in self._computing.items():
+            if command not in computing and not task.cancelling():
+                task.cancel()
+        for command in computing - set(self._computing):
+            assert view is not None
+            task = asyncio.create_task(self._perform(view, command), name=type(command).__name__)
+            self._computing[command] = task
+
+    def _give_up(self, view: RunView, error: FedimpresError) -> None:
+        """End a run that can't go on, and leave the coordinator to the others."""
+        log.error("run can't go on", run=view.state.run, error=str(error))
+        event = ev.RunFinished(at=self._clock.wall(), status="FAILED", reason=str(error))
+        done: asyncio.Future[RunState] = asyncio.get_running_loop().create_future()
+        done.add_done_callback(lambda future: future.exception())
+        self._mailbox.put_nowait(_Posted(view.state.run, event, done))
+
+    def _assign(self, session: Session, view: RunView | None, command: Assignment | None) -> None:
+        """Give a session its assignment, or take back one that is no longer wanted."""
+        if command is None and not session.settled:
+            session.send(stop_directive("", "the coordinator waits for no work of this site"))
+        session.settled = True
+        if session.assignment == command and (
+            command is None or (view is not None and session.run == view.state.run)
+        ):
+            return
+        if command is None or view is None:
+            if session.run is not None and self._withdrawn(session):
+                session.send(stop_directive(session.run, "the coordinator no longer waits for this work"))
+            session.assignment = None
+            return
+        state = view.state
+        model_bytes = self._payload_bytes(command.model)
+        if isinstance(command, Train):
+            impressions_bytes = self._payload_bytes(command.impressions) if command.impressions else 0
+            state_bytes = self._payload_bytes(command.strategy_state) if command.strategy_state else 0
+            directive = train_directive(state, command, model_bytes, impressions_bytes, state_bytes)
+        else:
+            directive = evaluate_directive(state, command, model_bytes)
+        if session.send(directive):
+            session.run, session.assignment = state.run, command
+            session.last_progress = self._clock.monotonic()
+
+    def _withdrawn(self, session: Session) -> bool:
+        """Whether the session's work was taken back, rather than done."""
+        view = self._views.get(session.run or "")
+        current = view.state.current if view is not None else None
+        if session.assignment is None:
+            return False
+        if current is None or current.number != session.assignment.round:
+            return view is None or view.state.finished < session.assignment.round
+        if isinstance(session.assignment, Train):
+            return session.site not in current.reported
+        return session.site not in current.evaluations
+
+    def _payload_bytes(self, digest: str) -> int:
+        return read_manifest(self._store.find(digest))[0].payload_bytes
+
+    async def _perform(self, view: RunView, command: ComputeCommand) -> None:
+        def said(fields: dict[str, Any]) -> None:
+            view.compute.update(fields)  # the dictionary that is there now: a new stage begins a new one
+
+        run, initial = view.state.run, view.state.plan.training.initial
+        limit_s = view.state.plan.limits.round_deadline_s
+        try:
+            async with asyncio.timeout(limit_s):
+                event = await self._compute.perform(view.state, command, initial, said)
+            await self.post(run, event)
+        except TimeoutError:
+            await self._tell_failure(run, command, f"it took longer than round_deadline_s = {limit_s:g} s")
+        except ConflictError as error:
+            log.info("result came too late", run=run, error=error.message)
+        except (
+            StorageError
+        ) as error:  # a full disk, say: what was computed is computed again once there is room
+            log.error("result can't be stored, trying again", run=run, error=str(error), in_s=_RETRY_S)
+            await asyncio.sleep(_RETRY_S)
+        except Exception as error:
+            log.exception("compute command failed unexpectedly", run=run, command=type(command).__name__)
+            await self._tell_failure(run, command, f"{type(error).__name__}: {error}")
+        finally:
+            self._computing.pop(command, None)
+            self.nudge()
+
+    async def _tell_failure(self, run: str, command: ComputeCommand, reason: str) -> None:
+        try:
+            await self.post(run, self._compute.failed(command, reason))
+        except ConflictError:
+            return  # the run went on without it
+        except FedimpresError:
+            await asyncio.sleep(_RETRY_S)  # nothing can be recorded: no hot loop
+
+    # -- streams --------------------------------------------------------------------------------
+
+    async def watch(self, run: str) -> AsyncIterator[RunView]:
+        """The run now and after every change or a second, until it is over."""
+        view = self.view(run)
+        while True:
+            yield view
+            if view.state.status.final:
+                return
+            await self.wait_changed(1.0)
+
+
+def _stage_key(state: RunState) -> tuple[Stage, int, int]:
+    """Changes when the run enters another stage."""
+    return state.stage, state.finished, state.attempts
+
+
+def _fail(future: asyncio.Future[RunState], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+def _log_event(run: str, event: ev.Event) -> None:
+    fields = event.model_dump(
+        exclude={"at", "kind", "record_json", "update_tensors", "local_tensors", "metrics", "report"}
+    )
+    if isinstance(event, ev.RoundFinished):
+        fields["syncs_so_far"] = syncs_so_far()
+    log.info(event.kind.replace("_", " "), run=run, **fields)
+
+
+def is_training(state: RunState, round_number: int, site: str) -> bool:
+    """Whether the coordinator waits for this site's update of this round."""
+    current = state.current
+    return (
+        state.stage is Stage.TRAINING
+        and current is not None
+        and current.number == round_number
+        and site in current.outstanding
+    )

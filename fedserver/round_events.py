@@ -1,0 +1,225 @@
+"""What can happen to a run: facts, in the past tense, as the journal keeps them.
+
+Every event carries `at`, seconds since the epoch by the coordinator's wall clock; it only ever becomes a figure in a
+record, never a decision. Decisions that time makes arrive as events of their own (`SiteLetGo`, `CollectionClosed`).
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+# JSON has no NaN: one in the journal would come back as null, which no replay gets past. So it is refused at once.
+_FACT = ConfigDict(frozen=True, allow_inf_nan=False)
+
+
+class Metrics(BaseModel):
+    """Figures of one held-out split at one site; per-class counts only if the site shares them."""
+
+    model_config = _FACT
+
+    split: str
+    num_examples: int
+    num_correct: int
+    loss_sum: float
+    class_totals: tuple[int, ...] = ()
+    class_correct: tuple[int, ...] = ()
+
+
+class Report(BaseModel):
+    """What a site said of the training behind its update."""
+
+    model_config = _FACT
+
+    num_examples: int
+    num_steps: int = 0
+    train_loss: float = 0.0
+    num_impressions: int = 0
+    seconds: float = 0.0
+    threads: int = 0
+    device: str = ""
+    corrupt_images: int = 0
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(**_FACT, extra="forbid")
+
+    at: float
+
+
+class RunStarted(_Event):
+    """The run left the queue; `sites` are the expected ones."""
+
+    kind: Literal["run_started"] = "run_started"
+    sites: tuple[str, ...]
+    synthesises: bool
+
+
+class RunInitialised(_Event):
+    """The first global model is stored, and what an update must look like is known."""
+
+    kind: Literal["run_initialised"] = "run_initialised"
+    model: str
+    update_tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
+    local_tensors: tuple[str, ...]
+    objective: str
+    objective_options_json: str
+    # Whether sites get what the strategy keeps between rounds.
+    shares_state: bool = False
+    # Whether the first impressions serve the whole run.
+    synthesises_once: bool = False
+
+
+class RoundOpened(_Event):
+    """A round, or its repetition, began. `expected` are this round's sites, `registered` those that are here and able."""
+
+    kind: Literal["round_opened"] = "round_opened"
+    round: int
+    attempt: int
+    expected: tuple[str, ...]
+    registered: tuple[str, ...]
+    reason: str
+    # Why each expected site that is not registered is not.
+    absent: dict[str, str] = {}
+
+
+class TaskStarted(_Event):
+    """A site acknowledged its training task."""
+
+    kind: Literal["task_started"] = "task_started"
+    round: int
+    site: str
+
+
+class UpdateStored(_Event):
+    """A site's update is durable and verified."""
+
+    kind: Literal["update_stored"] = "update_stored"
+    round: int
+    site: str
+    digest: str
+    payload_bytes: int
+    report: Report
+
+
+class SiteLetGo(_Event):
+    """The round goes on without a site: it failed, stalled, was lost, or the deadline passed."""
+
+    kind: Literal["site_let_go"] = "site_let_go"
+    round: int
+    site: str
+    reason: str
+
+
+class CollectionClosed(_Event):
+    """No further update is taken in this attempt."""
+
+    kind: Literal["collection_closed"] = "collection_closed"
+    round: int
+    reason: str
+
+
+class AggregationFinished(_Event):
+    """The new global model is stored. `rejected` updates did not pass the gate.
+
+    `model` is what the next round starts from; `released`, its average over rounds, is what is evaluated and handed out
+    (None: `model` itself). `strategy_state` is what the strategy keeps for the next round (None: as before).
+    """
+
+    kind: Literal["aggregation_finished"] = "aggregation_finished"
+    round: int
+    model: str
+    accepted: tuple[str, ...]
+    rejected: dict[str, str]
+    released: str | None = None
+    strategy_state: str | None = None
+
+
+class AggregationFailed(_Event):
+    """No update could be used. `rejected` says why, a site."""
+
+    kind: Literal["aggregation_failed"] = "aggregation_failed"
+    round: int
+    reason: str
+    rejected: dict[str, str]
+
+
+class SynthesisFinished(_Event):
+    """Impressions of the new global model are stored; or there are none, and `note` says why."""
+
+    kind: Literal["synthesis_finished"] = "synthesis_finished"
+    round: int
+    impressions: str | None
+    made: int
+    note: str = ""
+    # How they came about, in counts and shares.
+    figures: dict[str, float] = {}
+
+
+class EvaluationReported(_Event):
+    """A site (or, under the name "", the coordinator's own set) measured the new global model."""
+
+    kind: Literal["evaluation_reported"] = "evaluation_reported"
+    round: int
+    site: str
+    metrics: tuple[Metrics, ...]
+
+
+class EvaluationLetGo(_Event):
+    """The round's figures are made without a site."""
+
+    kind: Literal["evaluation_let_go"] = "evaluation_let_go"
+    round: int
+    site: str
+    reason: str
+
+
+class RoundFinished(_Event):
+    """The round is over; `record_json` is its line of rounds.jsonl."""
+
+    kind: Literal["round_finished"] = "round_finished"
+    round: int
+    record_json: str
+
+
+class PauseRequested(_Event):
+    """An operator wants no further round to open."""
+
+    kind: Literal["pause_requested"] = "pause_requested"
+    by: str
+
+
+class ResumeRequested(_Event):
+    """An operator wants the run to go on."""
+
+    kind: Literal["resume_requested"] = "resume_requested"
+    by: str
+
+
+class RunFinished(_Event):
+    """The run is over, for good."""
+
+    kind: Literal["run_finished"] = "run_finished"
+    status: Literal["DONE", "DEGRADED", "FAILED", "ABORTED"]
+    reason: str
+
+
+Event = Annotated[
+    RunStarted
+    | RunInitialised
+    | RoundOpened
+    | TaskStarted
+    | UpdateStored
+    | SiteLetGo
+    | CollectionClosed
+    | AggregationFinished
+    | AggregationFailed
+    | SynthesisFinished
+    | EvaluationReported
+    | EvaluationLetGo
+    | RoundFinished
+    | PauseRequested
+    | ResumeRequested
+    | RunFinished,
+    Field(discriminator="kind"),
+]
+EVENT: TypeAdapter[Event] = TypeAdapter(Event)

@@ -1,0 +1,342 @@
+"""The life of a run, as pure functions. No I/O, no clock, no threads.
+
+apply(state, event) -> state        what is true after something happened
+work(state) -> commands             what should be under way; the driver makes it so
+decide(state, world) -> events      what follows now: in `round_decisions`
+
+An event is applied only after it is journalled, so replaying the journal gives the same state, and `work` of that state is
+all that recovery has to do.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from fedcore.errors import ConflictError
+from fedcore.round_record import RoundRecord
+from fedserver import round_events as ev
+from fedserver.round_state import Round, RunState, Stage, Status, Update, with_item
+from fedserver.synthesis.schedule import should_synthesise
+
+
+@dataclass(frozen=True, slots=True)
+class Initialise:
+    """Build the first global model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Train:
+    """Have a site train on the global model. `attempt` tells a repetition from the first asking."""
+
+    round: int
+    attempt: int
+    site: str
+    model: str
+    impressions: str | None
+    strategy_state: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregate:
+    """Merge updates, in site order: (site, digest, report).
+
+    `released` is the model handed out before, None in the first round.
+    """
+
+    round: int
+    model: str
+    updates: tuple[tuple[str, str, ev.Report], ...]
+    strategy_state: str | None = None
+    released: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Synthesise:
+    """Make impressions through the new global model. `previous` is the bank before."""
+
+    round: int
+    model: str
+    previous: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluate:
+    """Have a site measure the new global model."""
+
+    round: int
+    site: str
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateHere:
+    """Measure the new global model on the coordinator's own test set."""
+
+    round: int
+    model: str
+
+
+Command = Initialise | Train | Aggregate | Synthesise | Evaluate | EvaluateHere
+
+
+def work(state: RunState) -> tuple[Command, ...]:
+    """Everything that should be under way in this state."""
+    if state.stage is Stage.INITIALISING and state.status is Status.RUNNING:
+        return (Initialise(),)
+    current = state.current
+    if current is None or state.status.final:
+        return ()
+    if state.stage is Stage.TRAINING:
+        assert state.model is not None
+        shared = state.strategy_state if state.shares_state else None
+        return tuple(
+            Train(current.number, current.attempt, site, state.model, state.impressions, shared)
+            for site in current.outstanding
+        )
+    if state.stage is Stage.AGGREGATING:
+        assert state.model is not None
+        updates = tuple(
+            (s, current.reported[s].digest, current.reported[s].report) for s in sorted(current.reported)
+        )
+        return (Aggregate(current.number, state.model, updates, state.strategy_state, state.released),)
+    if state.stage is Stage.EVALUATING:
+        released = current.released
+        assert released is not None
+        commands: list[Command] = [Evaluate(current.number, s, released) for s in current.unevaluated]
+        if current.synthesised is None:
+            commands.append(Synthesise(current.number, released, state.impressions))
+        if awaits_figures(state, current, ""):
+            commands.append(EvaluateHere(current.number, released))
+        return tuple(commands)
+    return ()
+
+
+def apply(state: RunState, event: ev.Event) -> RunState:
+    """The state after an event. Raises ConflictError if the event can't happen in this state."""
+    if state.status.final:
+        raise ConflictError(f"run {state.run} is over ({state.status}): {event.kind} can't happen")
+    match event:
+        case ev.RunStarted():
+            _expect(state, state.status is Status.QUEUED, event)
+            return replace(
+                state,
+                status=Status.RUNNING,
+                reason="building the first model",
+                sites=event.sites,
+                synthesises=event.synthesises,
+                started_at=event.at,
+            )
+        case ev.RunInitialised():
+            _expect(state, state.stage is Stage.INITIALISING and state.status is Status.RUNNING, event)
+            initialised = replace(
+                state,
+                model=event.model,
+                update_tensors=event.update_tensors,
+                local_tensors=event.local_tensors,
+                objective=event.objective,
+                objective_options_json=event.objective_options_json,
+                shares_state=event.shares_state,
+                synthesises_once=event.synthesises_once,
+            )
+            return _to_opening(initialised)
+        case ev.PauseRequested():
+            _expect(state, state.status is not Status.QUEUED and not state.pause_requested, event)
+            pausing = replace(
+                state, pause_requested=True, reason=f"{event.by} asked to pause: this round still finishes"
+            )
+            return _to_opening(pausing) if state.stage is Stage.OPENING else pausing
+        case ev.ResumeRequested():
+            _expect(state, state.pause_requested, event)
+            resumed = replace(state, pause_requested=False, reason=f"resumed by {event.by}")
+            return _to_opening(resumed) if state.stage is Stage.PAUSED else resumed
+        case ev.RunFinished():
+            return replace(
+                state,
+                status=Status(event.status),
+                stage=Stage.OVER,
+                reason=event.reason,
+                current=None,
+                finished_at=event.at,
+            )
+        case ev.RoundOpened():
+            return _open(state, event)
+        case ev.RoundFinished():
+            return _finish_round(state, event)
+        case _:
+            return _apply_to_round(state, event)
+
+
+def _apply_to_round(state: RunState, event: ev.Event) -> RunState:
+    current = state.current
+    if current is None or getattr(event, "round", None) != current.number:
+        raise ConflictError(f"run {state.run}: {event.kind} is for a round that is not under way")
+    match event:
+        case ev.TaskStarted():
+            new = state.stage is Stage.TRAINING and event.site in current.outstanding
+            _expect(state, new and event.site not in current.started, event)
+            return replace(state, current=replace(current, started=current.started | {event.site}))
+        case ev.UpdateStored():
+            _expect(state, state.stage is Stage.TRAINING and event.site in current.outstanding, event)
+            update = Update(event.digest, event.payload_bytes, event.report)
+            changed = replace(
+                current,
+                started=current.started | {event.site},
+                reported=with_item(current.reported, event.site, update),
+            )
+            return replace(state, current=changed)
+        case ev.SiteLetGo():
+            _expect(state, state.stage is Stage.TRAINING and event.site in current.outstanding, event)
+            return replace(
+                state, current=replace(current, let_go=with_item(current.let_go, event.site, event.reason))
+            )
+        case ev.CollectionClosed():
+            _expect(state, state.stage is Stage.TRAINING and not current.outstanding, event)
+            closed = replace(current, closed_at=event.at)
+            if len(closed.reported) < state.plan.min_sites:
+                return _to_opening(replace(state, current=closed), f"round {current.number}: {event.reason}")
+            return replace(state, current=closed, stage=Stage.AGGREGATING, reason=event.reason)
+        case ev.AggregationFinished():
+            _expect(state, state.stage is Stage.AGGREGATING, event)
+            return _aggregated(state, current, event)
+        case ev.AggregationFailed():
+            _expect(state, state.stage is Stage.AGGREGATING, event)
+            return _to_opening(_reject(state, current, event.rejected), event.reason)
+        case ev.SynthesisFinished():
+            _expect(state, state.stage is Stage.EVALUATING and current.synthesised is None, event)
+            changed = replace(
+                current,
+                synthesised=(event.made, event.note),
+                synthesised_at=event.at,
+                new_impressions=event.impressions,
+                synthesis_figures=MappingProxyType(dict(event.figures)),
+            )
+            return replace(state, current=changed)
+        case ev.EvaluationReported():
+            _expect(
+                state, state.stage is Stage.EVALUATING and awaits_figures(state, current, event.site), event
+            )
+            changed = replace(
+                current,
+                evaluations=with_item(current.evaluations, event.site, event.metrics),
+                evaluated_at=event.at,
+            )
+            return replace(state, current=changed)
+        case ev.EvaluationLetGo():
+            _expect(
+                state, state.stage is Stage.EVALUATING and awaits_figures(state, current, event.site), event
+            )
+            changed = replace(
+                current,
+                not_evaluated=with_item(current.not_evaluated, event.site, event.reason),
+                evaluated_at=event.at,
+            )
+            return replace(state, current=changed)
+        case _:
+            raise ConflictError(f"run {state.run}: unknown event {event.kind}")
+
+
+def awaits_figures(state: RunState, current: Round, site: str) -> bool:
+    """Whether a site's figures, or under the name "" those of the coordinator's own set, are still expected."""
+    if site == "":
+        return state.plan.evaluation.data is not None and "" not in {
+            **current.evaluations,
+            **current.not_evaluated,
+        }
+    return site in current.unevaluated
+
+
+def _expect(state: RunState, condition: bool, event: ev.Event) -> None:
+    if not condition:
+        raise ConflictError(
+            f"run {state.run}: {event.kind} can't happen while it is {state.status}, {state.stage}"
+        )
+
+
+def _to_opening(state: RunState, why: str = "") -> RunState:
+    """Wait for sites for the next round, or for the repetition of the one that failed; or pause between rounds."""
+    if state.pause_requested and state.current is None:
+        return replace(state, status=Status.PAUSED, stage=Stage.PAUSED, reason="paused by an operator")
+    reason = f"waiting for sites ({why})" if why else "waiting for sites"
+    status = Status.WAITING if state.finished == 0 and state.current is None else Status.RUNNING
+    return replace(state, status=status, stage=Stage.OPENING, reason=reason)
+
+
+def _open(state: RunState, event: ev.RoundOpened) -> RunState:
+    _expect(state, state.stage is Stage.OPENING and event.round == state.finished + 1, event)
+    _expect(state, event.attempt == state.attempts + 1, event)
+    # A repetition keeps the updates that are there: they were made from the same global model.
+    kept = state.current.reported if state.current is not None else {}
+    registered = tuple(sorted({*event.registered, *kept}))
+    opened_at = state.current.opened_at if state.current is not None else event.at
+    return replace(
+        state,
+        status=Status.RUNNING,
+        stage=Stage.TRAINING,
+        reason=event.reason,
+        attempts=event.attempt,
+        current=Round(
+            number=event.round,
+            attempt=event.attempt,
+            expected=event.expected,
+            registered=registered,
+            opened_at=opened_at,
+            absent=MappingProxyType(dict(event.absent)),
+            started=frozenset(kept),
+            reported=MappingProxyType(dict(kept)),
+        ),
+    )
+
+
+def _reject(state: RunState, current: Round, rejected: Mapping[str, str]) -> RunState:
+    """Drop updates that the gate refused, so that a repetition asks those sites again."""
+    kept = {s: u for s, u in current.reported.items() if s not in rejected}
+    return replace(state, current=replace(current, reported=MappingProxyType(kept), rejected=dict(rejected)))
+
+
+def _aggregated(state: RunState, current: Round, event: ev.AggregationFinished) -> RunState:
+    if len(event.accepted) < state.plan.min_sites:
+        why = f"only {len(event.accepted)} updates passed the gate, min_sites is {state.plan.min_sites}"
+        return _to_opening(_reject(state, current, event.rejected), why)
+    wanted = state.synthesises and _wants_impressions(state, current)
+    changed = replace(
+        current,
+        model=event.model,
+        released=event.released or event.model,
+        strategy_state=event.strategy_state or state.strategy_state,
+        accepted=event.accepted,
+        rejected=dict(event.rejected),
+        aggregated_at=event.at,
+        synthesised=None if wanted else (0, ""),
+    )
+    return replace(state, current=changed, stage=Stage.EVALUATING, reason="sites evaluate the new model")
+
+
+def _wants_impressions(state: RunState, current: Round) -> bool:
+    if state.synthesises_once:
+        return state.impressions is None
+    return should_synthesise(state.plan, current.number)
+
+
+def _finish_round(state: RunState, event: ev.RoundFinished) -> RunState:
+    current = state.current
+    _expect(state, current is not None and current.number == event.round, event)
+    _expect(
+        state,
+        state.stage is Stage.EVALUATING and current is not None and current.synthesised is not None,
+        event,
+    )
+    assert current is not None
+    missed = tuple(s for s in current.expected if s not in current.accepted)
+    after = replace(
+        state,
+        finished=event.round,
+        model=current.model,
+        released=current.released,
+        strategy_state=current.strategy_state,
+        impressions=current.new_impressions or state.impressions,
+        current=None,
+        attempts=0,
+        missed=with_item(state.missed, event.round, missed) if missed else state.missed,
+        records=(*state.records, RoundRecord.model_validate_json(event.record_json)),
+    )
+    return _to_opening(after)

@@ -1,0 +1,1 @@
+"""One servicer a proto service: message <-> event, nothing else."""

@@ -1,0 +1,207 @@
+"""What agents call. The site is always the caller's certificate's; a message that says otherwise is refused."""
+
+import asyncio
+import contextlib
+import math
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any
+
+import structlog
+
+from fedcore import tls as _tls  # noqa: F401 - before grpc
+from fedcore.errors import (
+    ConflictError,
+    FedimpresError,
+    NotFoundError,
+    PermissionDeniedError,
+    ProtocolError,
+    TransferError,
+)
+from fedcore.protocol import PROTOCOL, SESSION_KEY, check_version
+from fedcore.text import printable
+from fedcore.v1 import federation_pb2, federation_pb2_grpc, tensor_pb2
+from fedcore.version import software_version
+from fedserver import round_events as ev
+from fedserver.deliveries import Deliveries
+from fedserver.directives import metrics_from_proto
+from fedserver.downloads import stream_artifact
+from fedserver.interceptors import caller_of
+from fedserver.registry import Registry
+from fedserver.roster import Roster, Session, SiteProgress
+from fedserver.round_driver import RoundDriver
+from fedserver.suitability import checked_capabilities
+from fedserver.turns import Turns
+
+_MAX_REASON = 500
+log = structlog.get_logger(__name__)
+
+
+class FederationService(federation_pb2_grpc.FederationServicer):
+    """The site's side of the coordinator."""
+
+    def __init__(
+        self,
+        federation: str,
+        heartbeat_interval_s: float,
+        driver: RoundDriver,
+        roster: Roster,
+        deliveries: Deliveries,
+        registry: Registry,
+        pool: ThreadPoolExecutor,
+        turns: Turns,
+    ) -> None:
+        self._federation = federation
+        self._heartbeat_interval_s = heartbeat_interval_s
+        self._driver = driver
+        self._roster = roster
+        self._deliveries = deliveries
+        self._registry = registry
+        self._pool = pool
+        self._turns = turns
+
+    async def Hello(  # noqa: N802
+        self, request: federation_pb2.HelloRequest, context: Any
+    ) -> federation_pb2.HelloReply:
+        """Check versions, note what the site can do, name the session."""
+        site = caller_of(context).id
+        check_version(request.protocol, f"agent {site}")
+        self._registry.check_admitted(site)
+        await self._registry.touch(site, datetime.now(UTC))
+        session = self._roster.greet(site, checked_capabilities(request.capabilities))
+        return federation_pb2.HelloReply(
+            protocol=PROTOCOL,
+            federation=self._federation,
+            session=session,
+            heartbeat_interval_s=self._heartbeat_interval_s,
+            software_version=software_version(),
+        )
+
+    async def Directives(  # noqa: N802
+        self, request_iterator: AsyncIterator[federation_pb2.AgentMessage], context: Any
+    ) -> AsyncIterator[federation_pb2.Directive]:
+        """Send directives for as long as the agent is connected, taking in what it says of its work."""
+        site = caller_of(context).id
+        metadata = dict(context.invocation_metadata() or ())
+        session = self._roster.open(site, str(metadata.get(SESSION_KEY, "")))
+        log.info(
+            "agent connected", site=site, session=session.id, version=session.capabilities.software_version
+        )
+        self._driver.nudge()
+        reader = asyncio.create_task(self._read(session, request_iterator))
+        try:
+            while (directive := await session.outbox.get()) is not None:
+                yield directive
+        finally:
+            reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reader
+            self._roster.close(session)
+            log.info("agent left", site=site, session=session.id)
+            self._driver.nudge()
+
+    async def _read(self, session: Session, messages: AsyncIterator[federation_pb2.AgentMessage]) -> None:
+        try:
+            async for message in messages:
+                self._roster.touch(session)
+                await self._take(session, message)
+        except FedimpresError as error:
+            log.warning(
+                "agent's stream ended",
+                site=session.site,
+                session=session.id,
+                code=error.code,
+                error=str(error),
+            )
+        except Exception:
+            log.exception("agent's stream failed", site=session.site, session=session.id)
+        finally:
+            session.end()
+
+    async def _take(self, session: Session, message: federation_pb2.AgentMessage) -> None:
+        """Turn a message of the agent's into what it means for its run; one that comes too late is only logged."""
+        site, at = session.site, self._driver.wall()
+        try:
+            match message.WhichOneof("message"):
+                case "started":
+                    self._progress(session, "starting")
+                    started = message.started
+                    await self._driver.post(
+                        started.run, ev.TaskStarted(at=at, round=started.round, site=site)
+                    )
+                case "progress":
+                    self._progress(session, message.progress.stage, message.progress)
+                case "failed":
+                    failed, reason = message.failed, printable(message.failed.reason, _MAX_REASON)
+                    kind = ev.EvaluationLetGo if failed.evaluating else ev.SiteLetGo
+                    await self._driver.post(
+                        failed.run, kind(at=at, round=failed.round, site=site, reason=reason)
+                    )
+                case "evaluation":
+                    report = message.evaluation
+                    await self._driver.post(report.run, self._figures(site, at, report))
+                    self._progress(session, "evaluated")
+                case "capabilities":
+                    session.capabilities.CopyFrom(checked_capabilities(message.capabilities))
+                    self._driver.nudge()
+                case _:
+                    pass
+        except (ConflictError, NotFoundError) as error:
+            log.info("agent's message came too late", site=site, error=error.message)
+
+    def _figures(self, site: str, at: float, report: federation_pb2.EvaluationReport) -> ev.Event:
+        """A site's figures as a fact; figures that can't be are the fact that the site gave none."""
+        classes = self._driver.view(report.run).state.plan.model.classes
+        try:
+            metrics = metrics_from_proto(report, classes, f"{site} round {report.round}")
+        except TransferError as error:
+            log.warning("figures refused", site=site, run=report.run, error=error.message)
+            return ev.EvaluationLetGo(at=at, round=report.round, site=site, reason=str(error))
+        return ev.EvaluationReported(at=at, round=report.round, site=site, metrics=metrics)
+
+    def _progress(self, session: Session, stage: str, said: federation_pb2.Progress | None = None) -> None:
+        said = said or federation_pb2.Progress()
+        loss, speed = (x if math.isfinite(x) else 0.0 for x in (said.loss, said.images_per_s))
+        session.progress = SiteProgress(printable(stage, 40), said.done, said.total, loss, speed)
+        self._roster.progressed(session.site)
+
+    async def Fetch(  # noqa: N802
+        self, request: federation_pb2.FetchRequest, context: Any
+    ) -> AsyncIterator[tensor_pb2.ArtifactPart]:
+        """Stream a model, impressions or strategy's state that the site's present work needs."""
+        site = caller_of(context).id
+        path = self._driver.readable_by(site, request.digest)
+        async for part in stream_artifact(path, request.digest, request.offset, self._pool, self._turns):
+            yield part
+            if part.WhichOneof("part") == "chunk":
+                self._driver.count_down(len(part.chunk.data))
+                self._roster.progressed(site)
+
+    async def DeliveryOffset(  # noqa: N802
+        self, request: federation_pb2.DeliveryOffsetRequest, context: Any
+    ) -> federation_pb2.DeliveryOffsetReply:
+        """Say where a delivery goes on."""
+        return self._deliveries.offset(_own(request.key, context), request.key)
+
+    async def Deliver(  # noqa: N802
+        self, request_iterator: AsyncIterator[federation_pb2.DeliverPart], context: Any
+    ) -> federation_pb2.DeliverReply:
+        """Take an update in."""
+        first = await anext(aiter(request_iterator), None)
+        if first is None or first.WhichOneof("part") != "header":
+            raise ProtocolError(f"{caller_of(context).id}: a delivery must begin with a header")
+        site = _own(first.header.key, context)
+        outcome = await self._deliveries.receive(site, first.header, request_iterator)
+        session = self._roster.sessions.get(site)
+        if session is not None:
+            self._progress(session, "reported")
+        return federation_pb2.DeliverReply(outcome=outcome)
+
+
+def _own(key: federation_pb2.DeliveryKey, context: object) -> str:
+    """The caller's site, if the key is its own. Raises PermissionDeniedError."""
+    site = caller_of(context).id
+    if key.site != site:
+        raise PermissionDeniedError(f"{site} may not deliver for {key.site[:80]!r}")
+    return site

@@ -1,0 +1,175 @@
+"""What a strategy decides: what sites are asked to do, what each weighs, how updates become a model.
+
+A strategy has two halves. The server's half is a class here; the sites' half is an objective of `fedagent`,
+met by name and options only, because the two programs never import each other. The control process validates
+a plan's strategy, so no module of this package imports torch at its top.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedcore.plan import Options as PlanOptions
+from fedcore.plan import Plan
+from fedcore.tensor_file import TensorSpec
+from fedserver.synthesis.options import SynthesisOptions
+
+Weighting = Literal["examples", "uniform"]
+
+
+class StrategyOptions(BaseModel):
+    """Base of a strategy's options: frozen, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    # "examples": a site weighs as many images as it trained on; "uniform": every site weighs the same.
+    weighting: Weighting = "examples"
+    # Average of the global model over rounds: the share that the average keeps in each (0.8: the last five rounds or
+    # so). Sites train from the newest model; the average is what is evaluated, synthesised through and handed out.
+    # 0 hands out the newest model itself.
+    ema: float = Field(0.0, ge=0, lt=1)
+
+
+class AdjustableOptions(StrategyOptions):
+    """Options of strategies whose sites minimise a cross-entropy over their own images."""
+
+    # How much the sites' loss makes up for their class frequencies, which stay there: logits get this many times
+    # log(share of the class). 0 is plain cross-entropy, 1 balanced softmax (Ren et al. 2020, arXiv:2007.10740).
+    logit_adjustment: float = Field(0.0, ge=0)
+
+
+@dataclass(frozen=True, slots=True)
+class SiteReport:
+    """What a site says of its training, as far as merging needs it."""
+
+    site: str
+    num_examples: int
+    num_steps: int = 0
+
+    @classmethod
+    def of(cls, site: str, report: Mapping[str, object]) -> Self:
+        """Read a report as it travels.
+
+        A count that is no number counts as zero, which the gate turns down.
+        """
+        counts = (report.get(key, 0) for key in ("num_examples", "num_steps"))
+        num_examples, num_steps = (c if isinstance(c, int) and not isinstance(c, bool) else 0 for c in counts)
+        return cls(site, num_examples, num_steps)
+
+
+@dataclass(frozen=True, slots=True)
+class SiteUpdate:
+    """A site's trained tensors, in a canonical tensor file, with its report."""
+
+    path: Path
+    report: SiteReport
+
+    @property
+    def site(self) -> str:
+        """Whose update this is."""
+        return self.report.site
+
+
+@dataclass(frozen=True, slots=True)
+class MergeRequest:
+    """One round's merge. `updates` stand in site order: sums follow it, whatever the order of arrival."""
+
+    round: int
+    # The global model that the sites started from.
+    model: Path
+    updates: Sequence[SiteUpdate]
+    # Tensors that stay at the sites: not in the updates, taken over from `model` unchanged.
+    local_tensors: Collection[str]
+    out: Path
+    # What updates hold beside the model's tensors (`Strategy.update_extras`).
+    extras: Sequence[TensorSpec] = ()
+    # Names of the tensors that are trained, as opposed to buffers.
+    parameters: Collection[str] = frozenset()
+    # What the strategy kept in the round before (None: nothing yet), and where it writes what it keeps now.
+    state: Path | None = None
+    state_out: Path | None = None
+    # Sites of the run; a round may ask fewer.
+    num_sites: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MergeResult:
+    """What came of a merge: the new model's digest, the sites that are in it, and why the others are not.
+
+    `state_digest` is that of the file at `request.state_out`; None if the strategy wrote none.
+    """
+
+    digest: str
+    accepted: tuple[str, ...]
+    rejected: Mapping[str, str] = field(default_factory=dict)
+    state_digest: str | None = None
+
+
+class Strategy(ABC):
+    """A federated algorithm.
+
+    Subclasses set `name`, `Options`, `objective` and override what differs from FedAvg.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type[StrategyOptions]] = StrategyOptions
+    # Whether sites get what the strategy keeps between rounds (`LocalContext.strategy_state`).
+    shares_state: ClassVar[bool] = False
+    # Whether its impressions are made once, after the first round, rather than as the plan's section says.
+    synthesises_once: ClassVar[bool] = False
+
+    def __init__(self, options: StrategyOptions) -> None:
+        self.options = options
+
+    @property
+    @abstractmethod
+    def objective(self) -> str:
+        """Name of the objective (`fedagent.objectives`) that the sites train on."""
+
+    @property
+    def objective_options(self) -> PlanOptions:
+        """Options of that objective."""
+        return {}
+
+    def check(self, plan: Plan) -> None:
+        """Refuse a plan that this strategy can't work with. Raises PlanError."""
+        return
+
+    @property
+    def synthesis(self) -> SynthesisOptions | None:
+        """How impressions are made; None if this strategy makes none."""
+        return None
+
+    def local_tensors(self, names: Sequence[str], norm_names: Collection[str]) -> tuple[str, ...]:
+        """Which of the model's tensors stay at the sites.
+
+        `names` are all tensors of the model, `norm_names` those that belong to normalisation layers.
+        """
+        return ()
+
+    def update_extras(self, specs: Sequence[TensorSpec], parameters: Collection[str]) -> list[TensorSpec]:
+        """What a site's update holds beside the model's tensors; every name begins with `EXTRA_PREFIX`.
+
+        `specs` are the model's tensors, `parameters` the names of those that are trained. The objective's `end`
+        makes them; the coordinator refuses an update without them, or with others.
+        """
+        return []
+
+    def weights(self, reports: Sequence[SiteReport]) -> list[float]:
+        """The share of each site in the merge, in the order given; they need not sum to one."""
+        if self.options.weighting == "uniform":
+            return [1.0] * len(reports)
+        return [float(report.num_examples) for report in reports]
+
+    def merge(self, request: MergeRequest) -> MergeResult:
+        """Merge a round's updates into a new model at `request.out`: the weighted mean, unless overridden.
+
+        Raises EmptyRoundError if no update passes the gate.
+        """
+        from fedserver.aggregation import merge_by_weighted_mean
+
+        return merge_by_weighted_mean(request, self.weights)

@@ -1,0 +1,1 @@
+"""How impressions are made from the global model."""

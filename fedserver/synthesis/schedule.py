@@ -1,0 +1,18 @@
+"""When impressions are made. Pure and without torch: the round machine asks here."""
+
+from fedcore.plan import Plan
+
+# Before it the global model has seen each site once: nothing to remember yet.
+AUTO_WARMUP_ROUNDS = 2
+
+
+def should_synthesise(plan: Plan, round_number: int) -> bool:
+    """Whether the plan wants impressions from the model that round `round_number` (from 1) ends with.
+
+    Holds for strategies that make impressions (`fedserver.strategies.makes_impressions`). The first are made
+    when the warm-up has ended, so that the sites of the following round have them; then every `every_rounds`
+    rounds, the last included: its impressions belong to the model that the run ends with.
+    """
+    warmup = plan.synthesis.warmup_rounds
+    first = AUTO_WARMUP_ROUNDS if warmup == "auto" else max(1, warmup)
+    return round_number >= first and (round_number - first) % plan.synthesis.every_rounds == 0

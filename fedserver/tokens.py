@@ -1,0 +1,154 @@
+"""Enrolment tokens: single use, short-lived, bound to a site's name.
+
+Only the SHA-256 of the secret is stored.
+
+Redeeming a token and issuing the certificate are one transaction: a failed request leaves the token as it
+was, and two requests with the same token can't both succeed.
+"""
+
+import hashlib
+import hmac
+import secrets
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+from cryptography import x509
+
+from fedcore.database import Database
+from fedcore.enrollment_token import EnrollmentToken
+from fedcore.errors import ConfigError, TokenError
+from fedcore.identity import Subject, is_name
+from fedcore.pki import public_key_of_request
+from fedserver.authority import Authority
+from fedserver.registry import enrol, record_certificate, rfc3339, utc_now
+
+MAX_TTL_S = 7 * 24 * 3600.0
+_ASK_AGAIN = "ask the operator for a new token: fedctl enroll token create --site SITE"
+
+
+@dataclass(frozen=True, slots=True)
+class Redeemed:
+    """What a token was exchanged for. `chain` is the site's certificate and the issuing CA's."""
+
+    site: str
+    chain: list[x509.Certificate]
+    serial: str
+
+
+@dataclass(frozen=True, slots=True)
+class NewToken:
+    """What the operator hands to the site: the token, and what to check the coordinator by."""
+
+    token: str = field(repr=False)
+    site: str
+    expires_at: datetime
+    ca_fingerprint: str
+    coordinator: str
+
+
+class Tokens:
+    """Makes and redeems enrolment tokens. `coordinator` is the HOST:PORT that sites dial."""
+
+    def __init__(
+        self,
+        database: Database,
+        authority: Authority,
+        *,
+        coordinator: str,
+        enroll_port: int,
+        clock: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self._database = database
+        self._authority = authority
+        self._coordinator = coordinator
+        self._enroll_port = enroll_port
+        self._clock = clock
+
+    @property
+    def authority(self) -> Authority:
+        """Who signs what tokens are exchanged for."""
+        return self._authority
+
+    async def create(self, site: str, ttl_s: float, created_by: str = "") -> NewToken:
+        """Make a token for `site` that ends after `ttl_s` seconds.
+
+        Raises ConfigError for a name or a lifetime that is not allowed.
+        """
+        _check_request(site, ttl_s)
+        now = self._clock()
+        token = EnrollmentToken(
+            id=secrets.token_hex(8),
+            secret=secrets.token_urlsafe(32),
+            site=site,
+            port=self._enroll_port,
+            ca_pem=self._authority.root_pem,
+        )
+        expires_at = now + timedelta(seconds=ttl_s)
+        row = (token.id, _digest(token.secret), site, rfc3339(now), created_by, rfc3339(expires_at))
+        await self._database.write(
+            lambda c: c.execute(
+                "INSERT INTO tokens (id, secret_sha256, site, created_at, created_by, expires_at)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
+                row,
+            )
+        )
+        return NewToken(token.encode(), site, expires_at, self._authority.root_fingerprint, self._coordinator)
+
+    async def redeem(self, token_id: str, secret: str, csr_pem: str) -> Redeemed:
+        """Exchange a token and a certificate request for the site's certificate; enrol the site.
+
+        Raises TokenError for a token that is unknown, used or expired (the same words for an unknown id and a
+        wrong secret), IdentityError for a request that can't be signed. What is refused changes nothing.
+        """
+        now = self._clock()
+        return await self._database.write(
+            lambda connection: _redeem(connection, self._authority, token_id, secret, csr_pem, now)
+        )
+
+
+def _check_request(site: str, ttl_s: float) -> None:
+    if not is_name(site):
+        raise ConfigError(
+            f"{site!r:.80} is not a site name",
+            hint="lower-case letters, digits, '.', '_' and '-', 63 at most, first and last a letter or digit",
+        )
+    if not 0 < ttl_s <= MAX_TTL_S:
+        raise ConfigError(
+            f"token lifetime of {ttl_s:g} s: expected above 0, at most {MAX_TTL_S:g} s (7 days)"
+        )
+
+
+def _redeem(
+    connection: sqlite3.Connection,
+    authority: Authority,
+    token_id: str,
+    secret: str,
+    csr_pem: str,
+    now: datetime,
+) -> Redeemed:
+    row = connection.execute(
+        "SELECT secret_sha256, site, expires_at, used_at FROM tokens WHERE id = ?", (token_id,)
+    ).fetchone()
+    # Compared even if there is no such token, so that time does not tell which ids exist.
+    stored = row["secret_sha256"] if row is not None else _digest("")
+    if not hmac.compare_digest(stored, _digest(secret)) or row is None:
+        raise TokenError("the enrolment token is not known here", hint=_ASK_AGAIN)
+    site: str = row["site"]
+    if row["used_at"] is not None:
+        raise TokenError(f"the enrolment token for {site} was used at {row['used_at']}", hint=_ASK_AGAIN)
+    if rfc3339(now) >= row["expires_at"]:
+        raise TokenError(f"the enrolment token for {site} expired at {row['expires_at']}", hint=_ASK_AGAIN)
+    subject = Subject(authority.federation, "site", site)
+    chain = authority.issue(subject, public_key_of_request(csr_pem), now)
+    serial = record_certificate(connection, chain[0], subject, now)
+    enrol(connection, site, now)
+    connection.execute(
+        "UPDATE tokens SET used_at = ?, serial = ? WHERE id = ?", (rfc3339(now), serial, token_id)
+    )
+    return Redeemed(site, chain, serial)
+
+
+def _digest(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()

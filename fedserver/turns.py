@@ -1,0 +1,37 @@
+"""Turns at moving a chunk: bounds what transfers hold in memory, whatever their number, and serves them in order.
+
+A peer that is slow to send or to read loses its turn to the others after a moment; its own transfer goes on.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+_PATIENCE_S = 1.0
+
+
+class Turns:
+    """At most `limit` chunks move at a time; waiting streams are served first come, first served."""
+
+    def __init__(self, limit: int, patience_s: float = _PATIENCE_S) -> None:
+        self._free = asyncio.Semaphore(limit)
+        self._patience_s = patience_s
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Hold a turn for the body, or for `patience_s` if the body takes longer."""
+        await self._free.acquire()
+        held = True
+
+        def give_back() -> None:
+            nonlocal held
+            if held:
+                held = False
+                self._free.release()
+
+        timer = asyncio.get_running_loop().call_later(self._patience_s, give_back)
+        try:
+            yield
+        finally:
+            timer.cancel()
+            give_back()

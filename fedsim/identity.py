@@ -1,0 +1,49 @@
+"""What names a configuration: everything that determines a run's result. No torch."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedcore.errors import PlanError
+from fedcore.plan import Plan
+
+# Rounds at the end in which forgetting is measured, unless said otherwise.
+FORGETTING_ROUNDS = 5
+
+
+def config_hash(
+    plan: Plan,
+    split: Mapping[str, Any],
+    *,
+    device: str,
+    threads: int,
+    forgetting_rounds: int = FORGETTING_ROUNDS,
+    reference: str = "",
+) -> str:
+    """16 hexadecimal digits that name a configuration: plan less its name, split, device, threads.
+
+    `reference` tells pooled training and single sites from a federation. Raises PlanError if the plan's
+    initial model is not there.
+    """
+    document = json.loads(plan.to_json())
+    del document["name"]
+    initial = ""
+    if plan.training.initial is not None:
+        initial = hashlib.sha256(initial_model_path(plan).read_bytes()).hexdigest()
+        del document["training"]["initial"]
+    sites = {name: site["sha256"] for name, site in split["sites"].items()}
+    parts = [document, initial, sites, device, threads, forgetting_rounds, reference]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def initial_model_path(plan: Plan) -> Path:
+    """The file of `training.initial`. Raises PlanError: a simulation knows no other runs."""
+    path = Path(plan.training.initial or "")
+    if not path.is_file():
+        raise PlanError(
+            f"plan: training.initial: no such file: {path}",
+            hint="a simulation starts from a safetensors file; it has no store of earlier runs",
+        )
+    return path

@@ -1,0 +1,133 @@
+"""The tables that name every method are held to the services themselves: a new RPC can't be forgotten."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from google.protobuf.descriptor import FileDescriptor
+from grpc_health.v1 import health_pb2
+
+from fedcore import tls
+from fedcore.channel import CALLS, call_policy, service_config
+from fedcore.errors import PermissionDeniedError
+from fedcore.identity import CLIENT_ROLES, Caller
+from fedcore.v1 import admin_pb2, enrollment_pb2, federation_pb2, tensor_pb2
+from fedserver.authorisation import ANYONE, OPERATOR, ROLES, SITE, authorise, is_public
+
+ROOT = Path(__file__).parents[2]
+FILES: list[FileDescriptor] = [
+    module.DESCRIPTOR for module in (admin_pb2, enrollment_pb2, federation_pb2, tensor_pb2, health_pb2)
+]
+METHODS = {
+    f"/{service.full_name}/{method.name}": method
+    for file in FILES
+    for service in file.services_by_name.values()
+    for method in service.methods
+}
+
+
+def caller(role: str) -> Caller:
+    from datetime import UTC, datetime
+
+    return Caller("lab", role, "x", "1", datetime.now(UTC))
+
+
+def test_every_proto_of_the_contract_is_looked_at():
+    names = {path.name for path in (ROOT / "protos/fedcore/v1").glob("*.proto")}
+    assert names == {Path(file.name).name for file in FILES if file.name.startswith("fedcore/")}
+
+
+def test_the_authorisation_table_names_exactly_the_methods_there_are():
+    assert set(ROLES) == set(METHODS)
+
+
+def test_the_call_table_names_exactly_the_methods_there_are():
+    assert set(CALLS) == set(METHODS)
+
+
+def test_only_known_roles_are_granted_anything_and_only_enrolment_is_public():
+    assert {role for roles in ROLES.values() for role in roles} <= {*CLIENT_ROLES, ANYONE}
+    assert [method for method in ROLES if is_public(method)] == ["/fedcore.v1.Enrollment/Enroll"]
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_service_belongs_to_one_role(method):
+    expected = {
+        "fedcore.v1.Federation": {SITE},
+        "fedcore.v1.Admin": {OPERATOR},
+        "fedcore.v1.Enrollment": {ANYONE},
+        "grpc.health.v1.Health": {SITE, OPERATOR},
+    }[METHODS[method].containing_service.full_name]
+    assert ROLES[method] == expected
+    for role in (*CLIENT_ROLES, "coordinator", ""):
+        if role in expected or ANYONE in expected:
+            authorise(method, caller(role))
+        else:
+            with pytest.raises(PermissionDeniedError, match="may not call"):
+                authorise(method, caller(role))
+
+
+def test_a_method_outside_the_table_is_denied_to_everybody():
+    for role in CLIENT_ROLES:
+        with pytest.raises(PermissionDeniedError, match="granted to no role"):
+            authorise("/fedcore.v1.Admin/Forgotten", caller(role))
+    assert not is_public("/fedcore.v1.Admin/Forgotten")
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_calls_have_deadlines_and_only_unary_ones_are_repeated_by_themselves(method):
+    policy, descriptor = call_policy(method), METHODS[method]
+    streaming = descriptor.client_streaming or descriptor.server_streaming
+    if not streaming:
+        assert policy.deadline_s is not None
+        assert policy.deadline_s <= 60
+    assert not (streaming and policy.idempotent)
+    assert f'"method": "{descriptor.name}"' in service_config()
+
+
+def _sources() -> list[Path]:
+    folders = ("fedcore", "fedserver", "fedagent", "fedctl", "fedsim", "tests", "benchmarks", "examples")
+    files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [path for path in files if "fedcore/v1" not in path.as_posix()]
+
+
+def _imports(path: Path) -> list[tuple[int, str]]:
+    """(line, dotted name) of all imports outside `if TYPE_CHECKING`, in order of lines."""
+    found: list[tuple[int, str]] = []
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.extend((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.extend((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return sorted(found)
+
+
+def _loads_grpc(name: str) -> bool:
+    return name == "grpc" or name.startswith("grpc.") or "_pb2_grpc" in name
+
+
+def _sets_environment(name: str) -> bool:
+    # These import fedcore.tls before grpc themselves (they are held to it by this very test).
+    names = ("fedcore.tls", "fedcore.channel", "fedcore.status", "fedserver.interceptors")
+    return any(name == one or name.startswith(f"{one}.") for one in names)
+
+
+@pytest.mark.parametrize("path", _sources(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_tls_environment_is_set_before_grpc_is_imported(path):
+    seen = False
+    for line, name in _imports(path):
+        seen = seen or _sets_environment(name)
+        assert seen or not _loads_grpc(name), (
+            f"{path}:{line}: {name} before 'from fedcore import tls as _tls'"
+        )
+
+
+def test_this_process_enforces_tls_1_3():
+    assert tls.is_enforced()

@@ -1,0 +1,384 @@
+"""A real federation for tests: the operators' commands, each a process of its own, over mutual TLS.
+
+Every process carries a mark in its environment, so that none can hide at the end, compute processes included.
+"""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fedcore.data.benchmark_sets import load_benchmark, write_site
+from fedctl.demo_plan import to_toml
+from fedctl.demo_processes import free_ports
+
+T = TypeVar("T")
+MARK = "FEDIMPRES_TEST_FEDERATION"
+NAME = "lab"
+CLASSES = tuple(str(n) for n in range(10))
+SITES = ("clinic-a", "clinic-b", "clinic-c", "clinic-d")
+# Enrolled, with a credential of its own, but without an agent: tests speak for it.
+PROBE = "probe"
+
+
+def wait_until(condition: Callable[[], T], what: str, timeout_s: float = 40.0, every_s: float = 0.02) -> T:
+    """Poll until `condition` gives something true, and give that."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"{what}: not within {timeout_s:g} s"
+        time.sleep(every_s)
+    return found
+
+
+@dataclass(frozen=True)
+class Said:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """What it printed, as JSON."""
+        return json.loads(self.out)
+
+
+@dataclass
+class Federation:
+    """Homes below `root`, programs by name: "coordinator" and the sites."""
+
+    root: Path
+    port: int = 0
+    enroll_port: int = 0
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+    programs: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    # What the commands that built it printed, by what they did.
+    journey: dict[str, Said] = field(default_factory=dict)
+
+    @property
+    def server_home(self) -> Path:
+        return self.root / "coordinator"
+
+    def site_home(self, site: str) -> Path:
+        return self.root / site
+
+    def data(self, site: str) -> Path:
+        return self.root / f"{site}.npz"
+
+    def environment(self) -> dict[str, str]:
+        kept = {
+            key: value for key, value in os.environ.items() if not key.startswith(("FEDIMPRES", "COVERAGE"))
+        }
+        return {
+            **kept,
+            MARK: self.mark,
+            "XDG_CONFIG_HOME": str(self.root / "config"),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": "1",
+            "COLUMNS": "200",
+        }
+
+    def command(self, program: str, *arguments: str, timeout_s: float = 60.0) -> Said:
+        """One command to its end."""
+        done = subprocess.run(
+            _words(program, arguments),
+            env=self.environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        return Said(done.returncode, done.stdout, done.stderr)
+
+    def ctl(self, *arguments: str, expect: int = 0, timeout_s: float = 60.0) -> Said:
+        """`fedctl`, which must end with the exit code expected."""
+        said = self.command("fedctl", *arguments, timeout_s=timeout_s)
+        assert said.code == expect, f"fedctl {' '.join(arguments)}: {said}"
+        return said
+
+    def start(self, name: str, program: str, *arguments: str) -> None:
+        with self.log_path(name).open("ab") as log:
+            self.programs[name] = subprocess.Popen(
+                _words(program, arguments),
+                env=self.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def log_path(self, name: str) -> Path:
+        return self.root / f"{name}.log"
+
+    def log(self, name: str, since: int = 0) -> str:
+        """What a program logged, from a byte on."""
+        with self.log_path(name).open("rb") as file:
+            file.seek(since)
+            return file.read().decode(errors="replace")
+
+    def log_size(self, name: str) -> int:
+        return self.log_path(name).stat().st_size
+
+    # -- the parts ------------------------------------------------------------------------------
+
+    def start_coordinator(self) -> None:
+        since = self.log_size("coordinator") if self.log_path("coordinator").exists() else 0
+        self.start("coordinator", "fedserver", "serve", "--home", str(self.server_home))
+
+        def serves() -> bool:
+            assert self.programs["coordinator"].poll() is None, self.log("coordinator", since)
+            return "coordinator serves" in self.log("coordinator", since)
+
+        wait_until(serves, "coordinator serves")
+
+    def start_agent(self, site: str) -> None:
+        self.start(site, "fedagent", "serve", "--home", str(self.site_home(site)))
+
+    def wait_connected(self, *sites: str) -> None:
+        from fedcore.v1 import admin_pb2
+
+        with self.admin() as admin:
+
+            def connected() -> bool:
+                reply = admin.call(lambda stub: stub.ListSites, admin_pb2.ListSitesRequest())
+                return set(sites) <= {site.id for site in reply.sites if site.connected}
+
+            wait_until(connected, f"{sites} connected", timeout_s=60)
+
+    def admin(self) -> Any:
+        """The operator's connection, for questions that are asked often."""
+        from fedctl.admin import open_credential
+
+        return open_credential(self.server_home / "operator")
+
+    def kill(self, name: str) -> None:
+        """`kill -9` of a program; its compute process is left to find out by itself."""
+        self.programs[name].kill()
+        self.programs.pop(name).wait()
+
+    def compute_pid(self, name: str) -> int:
+        """The compute process of a program that runs."""
+        return wait_until(lambda: children(self.programs[name].pid), f"compute process of {name}")[0]
+
+    def kill_with_compute(self, name: str) -> None:
+        """`kill -9` of both processes, the compute process first."""
+        for pid in children(self.programs[name].pid):
+            os.kill(pid, signal.SIGKILL)
+        self.kill(name)
+
+    def stop(self) -> None:
+        for program in self.programs.values():
+            program.terminate()
+        for program in self.programs.values():
+            try:
+                program.wait(10)
+            except subprocess.TimeoutExpired:
+                program.kill()
+                program.wait()
+
+    def leftovers(self) -> list[str]:
+        """Processes of this federation that still run, as "PID COMMAND"."""
+        wanted = f"{MARK}={self.mark}".encode()
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                    words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    found.append(f"{folder.name} {words}")
+            except OSError:
+                continue
+        return found
+
+    # -- runs -----------------------------------------------------------------------------------
+
+    def plan(self, document: Mapping[str, Any]) -> Path:
+        path = self.root / f"{document.get('name', 'plan')}-{uuid.uuid4().hex[:6]}.toml"
+        path.write_text(to_toml(document), encoding="utf-8")
+        return path
+
+    def submit(self, document: Mapping[str, Any]) -> str:
+        """Submit a plan; returns the run's id. Without a process of its own, for speed."""
+        from fedctl.run_commands import submit_plan
+
+        with self.admin() as admin:
+            return submit_plan(admin, self.plan(document))
+
+    def run(self, run: str) -> Any:
+        """The run as the coordinator tells it."""
+        from fedctl.admin import get_run
+
+        with self.admin() as admin:
+            return get_run(admin, run)
+
+    def wait(self, run: str, timeout_s: float = 60.0) -> Any:
+        """Wait for the end of a run; returns it as the coordinator tells it."""
+        from fedctl.following import follow_run
+
+        with self.admin() as admin:
+            *_, last = follow_run(admin, run, on_trouble=lambda text: None, timeout_s=timeout_s)
+        return last
+
+    def wait_phase(self, run: str, phase: str, timeout_s: float = 40.0) -> Any:
+        """Poll until a run is in a phase (or state) and give it."""
+        from fedctl.admin import get_run
+
+        with self.admin() as admin:
+
+            def reached() -> Any:
+                message = get_run(admin, run)
+                return message if phase in (message.phase, message.state) else None
+
+            return wait_until(reached, f"run {run} {phase}", timeout_s)
+
+    def rounds(self, run: str) -> list[dict[str, Any]]:
+        from fedctl.admin import list_records
+
+        with self.admin() as admin:
+            return list_records(admin, run)
+
+    def abort_all(self) -> None:
+        """Leave no run for the next test."""
+        from fedcore.v1 import admin_pb2
+
+        final = {"DONE", "DEGRADED", "FAILED", "ABORTED"}
+        with self.admin() as admin:
+            for run in admin.call(lambda stub: stub.ListRuns, admin_pb2.ListRunsRequest()).runs:
+                if run.state not in final:
+                    request = admin_pb2.ControlRunRequest(run=run.run, reason="test over")
+                    admin.call(lambda stub: stub.AbortRun, request)
+
+    def journal(self, run: str) -> list[str]:
+        """Kinds of the events that the journal holds of a run, in order."""
+        uri = f"file:{self.server_home / 'fedserver.db'}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True)) as database:
+            rows = database.execute("SELECT kind FROM journal WHERE run = ? ORDER BY seq", (run,)).fetchall()
+        return [kind for (kind,) in rows]
+
+
+def children(pid: int) -> list[int]:
+    """Process ids of a process's children."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found += map(int, path.read_text().split())
+        except OSError:
+            continue
+    return found
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended (a zombie has)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def digits_plan(sites: Sequence[str] = SITES, **changes: Any) -> dict[str, Any]:
+    """A small plan over the digits. `changes` replace keys, and keys within sections."""
+    document: dict[str, Any] = {
+        "name": "digits",
+        "rounds": 2,
+        "min_sites": 1,
+        "strategy": "fedavg",
+        "sites": list(sites),
+        "seed": 7,
+        "model": {"name": "cnn", "classes": 10, "input": [1, 8, 8]},
+        "training": {"epochs": 1, "batch_size": 32, "learning_rate": 0.05},
+        "synthesis": {"warmup_rounds": 1, "images": 20},
+        "limits": {"round_deadline_s": 60, "stall_timeout_s": 30, "join_wait_s": 1},
+        "data": {"class_names": list(CLASSES)},
+    }
+    for key, value in changes.items():
+        document[key] = {**document.get(key, {}), **value} if isinstance(value, dict) else value
+    return document
+
+
+def noop_plan(params: int, sites: Sequence[str] = SITES, **changes: Any) -> dict[str, Any]:
+    """Updates of a chosen size, without training."""
+    # A dotted key: `options.params` of the section [model].
+    model = {"name": "noop", "options.params": params}
+    return digits_plan(sites, **{"name": "noop", **changes, "model": model})
+
+
+def build(root: Path) -> Federation:
+    """The operators' journey up to the connected agents, each line its own command."""
+    port, enroll_port = free_ports(2)
+    made = Federation(root, port, enroll_port)
+    try:
+        _build(made)
+    except BaseException:
+        made.stop()
+        raise
+    return made
+
+
+def _build(made: Federation) -> None:
+    ports = ("--port", str(made.port), "--enroll-port", str(made.enroll_port))
+    home = ("--home", str(made.server_home))
+    said = made.journey["init"] = made.command(
+        "fedserver", "init", *home, "--name", NAME, "--host", "127.0.0.1", *ports
+    )
+    assert said.code == 0, said
+    config = made.server_home / "fedserver.toml"
+    config.write_text(config.read_text() + "\nheartbeat_interval_s = 1.0\n[compute]\nthreads = 1\n")
+    made.start_coordinator()
+    operator = str(made.server_home / "operator")
+    made.journey["context"] = made.ctl("context", "add", NAME, "--credential", operator)
+    for site in (*SITES, PROBE):
+        token = made.journey[f"token {site}"] = made.ctl(
+            "enroll", "token", "create", "--site", site, "--ttl", "15m", "-o", "json"
+        )
+        said = made.journey[f"enroll {site}"] = made.command(
+            "fedagent", "enroll", "--home", str(made.site_home(site)),
+            "--coordinator", token.json["coordinator"], "--token", token.json["token"],
+            "--ca-fingerprint", token.json["ca_fingerprint"],
+        )  # fmt: skip
+        assert said.code == 0, said
+    write_digits(made)
+    for site in SITES:
+        made.start_agent(site)
+    made.wait_connected(*SITES)
+
+
+def write_digits(made: Federation) -> None:
+    """Deal 600 digits over the sites, with a test set of each site's own, and configure the agents."""
+    dealt = load_benchmark("digits", None, sites=len(SITES), alpha=0.5, seed=1)
+    for site, split in zip(SITES, dealt.sites.values(), strict=True):
+        write_site(split, made.data(site))
+        configure_agent(made, site, made.data(site))
+
+
+def configure_agent(made: Federation, site: str, data: Path, class_names: Sequence[str] = CLASSES) -> None:
+    """Write a site's agent.toml."""
+    config = {
+        "reconnect_max_s": 1.0,
+        "data": {"kind": "npz", "path": str(data), "class_names": list(class_names)},
+        "compute": {"device": "cpu", "threads": 1},
+        "policy": {"share_class_metrics": True},
+    }
+    (made.site_home(site) / "agent.toml").write_text(to_toml(config), encoding="utf-8")
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a site's npz."""
+    with np.load(path, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
+
+
+def _words(program: str, arguments: Sequence[str]) -> list[str]:
+    module = {"fedctl": "fedctl.app"}.get(program, f"{program}.cli")
+    return [sys.executable, "-m", module, *arguments]

@@ -1,0 +1,235 @@
+"""The agent's loop and its tasks at their edges: bugs, hostile names, names that are no UTF-8, other runs' leftovers."""
+
+import asyncio
+import json
+import os
+import textwrap
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedagent.agent_machine import is_run
+from fedagent.config import AgentConfig, AgentHome
+from fedagent.driver import AgentDriver
+from fedagent.tasks import Tasks
+from fedagent.transfer import Transfers, load_record
+from fedcore.artifact_store import ArtifactStore
+from fedcore.compute_host import ComputeHost
+from fedcore.errors import StorageError, UnreachableError
+from fedcore.tensor_file import TensorSpec, write_tensor_file
+from fedcore.v1 import federation_pb2, tensor_pb2
+
+# A compute process whose every command fails for a file whose name is no UTF-8, as a folder of images may hold.
+CHILD = """
+from fedcore.compute_worker import serve
+from fedcore.errors import DataError
+
+NAME = b"gr\\xfc\\xdfe.png".decode("utf-8", "surrogateescape")
+
+def fail(args, job):
+    raise DataError(f"/data/{NAME}: can't be read" + "!" * 5000, hint=f"mend {NAME}")
+
+def train(args, job):
+    from pathlib import Path
+    from fedcore.tensor_file import TensorSpec, write_tensor_file
+    made = Path(args["state"]) / "trained"
+    made.write_text(made.read_text() + "x" if made.exists() else "x")
+    spec = TensorSpec("w", "I64", (2,))
+    return {"digest": write_tensor_file(Path(args["out"]), {"w": (spec, bytes(16))}), "report": {"num_examples": 3}}
+
+if __name__ == "__main__":
+    serve({"describe": fail, "evaluate": fail, "train": train})
+"""
+
+
+class Site:
+    """A site whose transfers are its own store: whatever is asked for is there."""
+
+    def __init__(self, root: Path, host: ComputeHost) -> None:
+        self.home = AgentHome(root)
+        self.store = ArtifactStore(self.home.artifacts)
+        spec = TensorSpec("w", "I64", (1,))
+        path = self.store.new_path()
+        self.model = write_tensor_file(path, {"w": (spec, bytes(8))})
+        self.store.adopt(path, self.model)
+        self.said: list[federation_pb2.AgentMessage] = []
+        self.transfers = Transfers("a", self.store, self._no_stub)
+        self.tasks = Tasks("a", self.home, AgentConfig(), host, self.store, self.transfers, self.said.append)
+
+    def _no_stub(self) -> Any:
+        raise UnreachableError("no connection")
+
+    def train(self, run: str) -> federation_pb2.TrainTask:
+        model = tensor_pb2.ArtifactRef(digest=self.model, payload_bytes=8)
+        return federation_pb2.TrainTask(
+            run=run, round=1, model=model, plan_json="{}", objective_options_json="{}"
+        )
+
+    def evaluate(self, run: str) -> federation_pb2.EvaluateTask:
+        model = tensor_pb2.ArtifactRef(digest=self.model, payload_bytes=8)
+        return federation_pb2.EvaluateTask(run=run, round=1, model=model, plan_json="{}")
+
+    def delivers(
+        self, deliver: Callable[..., Coroutine[Any, Any, Any]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(self.transfers, "deliver", deliver)
+
+    def failures(self) -> list[federation_pb2.TaskFailed]:
+        return [m.failed for m in self.said if m.WhichOneof("message") == "failed"]
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> ComputeHost:
+    (tmp_path / "agent_child.py").write_text(textwrap.dedent(CHILD))
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return ComputeHost("agent_child", environment={"PYTHONPATH": path})
+
+
+@pytest.fixture
+def site(tmp_path: Path, host: ComputeHost) -> Site:
+    return Site(tmp_path / "site", host)
+
+
+def go(host: ComputeHost, story: Coroutine[Any, Any, None]) -> None:
+    async def closed() -> None:
+        try:
+            await asyncio.wait_for(story, 20)
+        finally:
+            await host.close()
+
+    asyncio.run(closed())
+
+
+async def stored(*args: Any) -> Any:
+    return federation_pb2.DeliverReply.OUTCOME_STORED
+
+
+def test_names_that_are_no_utf8_reach_the_coordinator_written_out(site: Site, host: ComputeHost) -> None:
+    async def story() -> None:
+        reason = (await site.tasks.describe()).unavailable_reason
+        assert reason.startswith(r"/data/gr\udcfc\udcdfe.png: can't be read!")
+        assert len(reason) == 1000
+        await site.tasks.evaluate(site.evaluate("blood-1"))
+
+    go(host, story())
+    (failed,) = site.failures()
+    assert failed.reason.startswith(r"/data/gr\udcfc\udcdfe.png")
+    assert len(failed.reason) == 2000
+    assert federation_pb2.TaskFailed.FromString(failed.SerializeToString()) == failed
+
+
+def test_what_other_runs_left_goes_when_the_next_begins(
+    site: Site, host: ComputeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local, records = site.home.local_state, site.home.tasks
+    site.delivers(stored, monkeypatch)
+
+    async def story() -> None:
+        await site.tasks.train(site.train("blood-1"))
+        (records / "blood-1~2.json").write_text("{}")
+        (local / "lost+found").mkdir()
+        (records / "notes.txt").write_text("an engineer's own")
+        await site.tasks.evaluate(site.evaluate("blood-1"))
+        assert (local / "blood-1" / "trained").exists()
+        assert (records / "blood-1~2.json").exists()
+        await site.tasks.train(site.train("blood-2"))
+
+    go(host, story())
+    assert {path.name for path in local.iterdir()} == {"blood-2", "lost+found"}
+    assert {path.name for path in records.iterdir()} == {"notes.txt"}
+    assert (local / "blood-2" / "trained").exists()
+
+
+def test_a_full_disk_of_ones_own_trains_again_and_then_tells(
+    site: Site, host: ComputeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def damaged(*args: Any) -> Any:
+        raise StorageError("update: not a canonical safetensors file")
+
+    site.delivers(damaged, monkeypatch)
+    go(host, site.tasks.train(site.train("blood-1")))
+    assert (site.home.local_state / "blood-1" / "trained").read_text() == "xx"
+    assert [failed.reason for failed in site.failures()] == ["update: not a canonical safetensors file"]
+    assert load_record(site.home.tasks / "blood-1~1.json") is None
+
+
+@pytest.mark.parametrize("run", ["blood-1a2b3c4d", "7", "a.b_c-d", "a" * 72])
+def test_what_the_coordinator_calls_its_runs_is_accepted(run: str) -> None:
+    assert is_run(run)
+
+
+HOSTILE = ["", "..", ".", "../../etc", "/etc", "a/b", "a\\b", "A", "a~1", "a\n", "-a", "a" * 81, "\u0661"]
+
+
+class Coordinator:
+    """What the driver is told and what it answers, without a connection between."""
+
+    def __init__(self, tasks: Any) -> None:
+        def refuse() -> Any:
+            raise UnreachableError("no coordinator here")
+
+        self.driver = AgentDriver("a", refuse, 60.0, 1)
+        self.driver._tasks = tasks
+
+    def failures(self) -> list[federation_pb2.TaskFailed]:
+        found = []
+        while not self.driver._outbox.empty():
+            message = self.driver._outbox.get_nowait()
+            if message.WhichOneof("message") == "failed":
+                found.append(message.failed)
+        return found
+
+
+class Buggy:
+    """Tasks with a bug that no error of ours stands for."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+
+    async def train(self, task: Any) -> None:
+        self.begun += 1
+        raise KeyError("a secret of the site")
+
+    async def evaluate(self, task: Any) -> None:
+        await self.train(task)
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a_bug_ends_the_task_once_and_is_told_without_its_text(kind: str) -> None:
+    async def story() -> None:
+        tasks = Buggy()
+        told = Coordinator(tasks)
+        task = {"run": "blood-1", "round": 3}
+        directive = federation_pb2.Directive(**{kind: task})
+        for times in (1, 2):
+            told.driver._obey(directive)
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert tasks.begun == times, "begins only when it is asked for"
+            (failed,) = told.failures()
+            assert (failed.run, failed.round, failed.evaluating) == ("blood-1", 3, kind == "evaluate")
+            assert "KeyError" in failed.reason
+            assert "secret" not in failed.reason
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+@pytest.mark.parametrize("run", HOSTILE)
+def test_a_run_that_is_no_name_reaches_no_path(run: str, kind: str, site: Site, host: ComputeHost) -> None:
+    before = sorted(site.home.root.rglob("*"))
+
+    async def story() -> None:
+        told = Coordinator(site.tasks)
+        told.driver._obey(federation_pb2.Directive(**{kind: {"run": run, "round": 1}}))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        (failed,) = told.failures()
+        assert (failed.run, failed.evaluating) == (run, kind == "evaluate")
+        assert "not a run's name" in failed.reason
+
+    go(host, story())
+    assert sorted(site.home.root.rglob("*")) == before
+    assert json.dumps(site.said) == "[]"

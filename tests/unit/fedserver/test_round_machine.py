@@ -1,0 +1,705 @@
+"""The life of a run: hand-made scenarios, then Hypothesis driving it at random with its invariants checked throughout."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from fedcore.errors import ConflictError
+from fedcore.plan import Plan, validate_plan
+from fedserver import round_events as ev
+from fedserver.journal import replay
+from fedserver.round_decisions import Presence, World, decide, waiting_for
+from fedserver.round_machine import Aggregate, Evaluate, Initialise, Synthesise, Train, apply, work
+from fedserver.round_state import RunState, Stage, Status, needed, superseded
+
+SITES = ("a", "b", "c")
+
+
+def make_plan(**changes: object) -> Plan:
+    document: dict[str, object] = {
+        "name": "t",
+        "rounds": 2,
+        "min_sites": 2,
+        "strategy": "fedavg",
+        "model": {"name": "cnn", "classes": 3, "input": [1, 8, 8]},
+        "limits": {"round_deadline_s": 100, "stall_timeout_s": 20, "join_wait_s": 5},
+    }
+    return validate_plan({**document, **changes})
+
+
+def here(
+    sites: str = "abc", *, since: float = 0.0, progress: float = 0.0, gone_since: float = 0.0
+) -> dict[str, Presence]:
+    return {s: Presence(s in sites, "", since if s in sites else gone_since, progress) for s in SITES}
+
+
+def world(now: float = 0.0, sites: dict[str, Presence] | None = None, stage_since: float = 0.0) -> World:
+    return World(
+        now=now, wall=1000.0 + now, stage_since=stage_since, sites=here() if sites is None else sites
+    )
+
+
+class Story:
+    """A run told event by event, with the decisions that follow."""
+
+    def __init__(self, plan: Plan | None = None, synthesises: bool = False) -> None:
+        self.state = RunState(run="t-1", plan=plan or make_plan())
+        self.events: list[ev.Event] = []
+        self.tell(ev.RunStarted(at=0, sites=SITES, synthesises=synthesises))
+        self.tell(
+            ev.RunInitialised(
+                at=0, model="m0", update_tensors=(("w", "F32", (2,)),), local_tensors=(), objective="cross_entropy",
+                objective_options_json="{}",
+            )
+        )  # fmt: skip
+
+    def tell(self, event: ev.Event) -> None:
+        self.state = apply(self.state, event)
+        self.events.append(event)
+
+    def follow(self, around: World) -> list[str]:
+        kinds = []
+        while events := decide(self.state, around):
+            for event in events:
+                self.tell(event)
+                kinds.append(event.kind)
+        return kinds
+
+    def report(self, site: str, round_number: int = 1, digest: str | None = None) -> None:
+        report = ev.Report(num_examples=10)
+        self.tell(
+            ev.UpdateStored(
+                at=1, round=round_number, site=site, digest=digest or f"u-{site}-{round_number}", payload_bytes=8,
+                report=report,
+            )
+        )  # fmt: skip
+
+    def aggregate(self, sites: str, round_number: int = 1, rejected: dict[str, str] | None = None) -> None:
+        self.tell(
+            ev.AggregationFinished(
+                at=2,
+                round=round_number,
+                model=f"m{round_number}",
+                accepted=tuple(sites),
+                rejected=rejected or {},
+            )
+        )
+
+    def evaluate(self, sites: str, round_number: int = 1, validation: int = 5) -> None:
+        for site in sites:
+            metrics = (
+                ev.Metrics(split="test", num_examples=10, num_correct=7, loss_sum=3.0),
+                ev.Metrics(split="validation", num_examples=10, num_correct=validation, loss_sum=3.0),
+            )
+            self.tell(ev.EvaluationReported(at=3, round=round_number, site=site, metrics=metrics))
+
+    def whole_round(self, number: int, sites: str = "abc", validation: int = 5) -> None:
+        self.follow(world(100.0 * number, here(sites), 100.0 * number))
+        for site in sites:
+            self.report(site, number)
+        self.follow(world(100.0 * number, here(sites), 100.0 * number))
+        self.aggregate(sites, number)
+        self.evaluate(sites, number, validation)
+        self.follow(world(100.0 * number, here(sites), 100.0 * number))
+
+
+def test_a_queued_run_has_no_work_and_decides_nothing() -> None:
+    state = RunState(run="t", plan=make_plan())
+    assert work(state) == ()
+    assert decide(state, world(now=1e9)) == ()
+
+
+def test_an_undisturbed_run_ends_done() -> None:
+    story = Story()
+    assert story.follow(world()) == ["round_opened"]
+    assert [type(c) for c in work(story.state)] == [Train, Train, Train]
+    for site in "abc":
+        story.report(site)
+    assert story.follow(world()) == ["collection_closed"]
+    (command,) = work(story.state)
+    assert isinstance(command, Aggregate)
+    assert [site for site, _, _ in command.updates] == ["a", "b", "c"]
+    story.aggregate("abc")
+    assert {type(c) for c in work(story.state)} == {Evaluate}
+    story.evaluate("abc")
+    assert story.follow(world()) == ["round_finished", "round_opened"]
+    record = story.state.records[0]
+    assert (record.expected, record.registered, record.started, record.reported, record.aggregated) == (
+        3,
+        3,
+        3,
+        3,
+        3,
+    )
+    assert record.accuracy == pytest.approx(0.7)
+    assert record.missing == {}
+    story.whole_round(2)
+    assert story.state.status is Status.DONE
+    assert work(story.state) == ()
+    assert story.state.model == "m2"
+
+
+def test_before_initialisation_the_only_work_is_to_initialise() -> None:
+    state = apply(RunState(run="t", plan=make_plan()), ev.RunStarted(at=0, sites=SITES, synthesises=False))
+    assert work(state) == (Initialise(),)
+
+
+def test_the_round_waits_for_all_expected_sites_then_for_join_wait() -> None:
+    story = Story()
+    two = here("ab")
+    assert story.follow(world(4.9, two)) == []
+    assert "c (not connected)" in waiting_for(story.state, world(4.9, two))
+    assert story.follow(world(5.1, two)) == ["round_opened"]
+    assert story.state.current is not None
+    assert story.state.current.registered == ("a", "b")
+    assert story.state.current.expected == SITES
+
+
+def test_a_site_long_gone_does_not_delay_every_round() -> None:
+    story = Story()
+    story.follow(world(6, here("ab")))
+    story.report("a")
+    story.report("b")
+    story.follow(world(7, here("ab")))
+    story.aggregate("ab")
+    story.evaluate("ab")
+    assert story.follow(world(8, here("ab"), stage_since=8)) == ["round_finished", "round_opened"]
+
+
+def test_without_quorum_the_run_fails_after_the_deadline_and_says_who_was_missing() -> None:
+    story = Story()
+    one = here("a")
+    assert story.follow(world(99, one)) == []
+    assert story.follow(world(101, one)) == ["run_finished"]
+    assert story.state.status is Status.FAILED
+    assert "b (not connected)" in story.state.reason
+
+
+def test_quorum_met_early_does_not_close_the_round() -> None:
+    story = Story()
+    story.follow(world())
+    story.report("a")
+    story.report("b")
+    assert story.follow(world(19, here(progress=10.0))) == []
+    assert story.state.stage is Stage.TRAINING
+
+
+def test_a_stalled_site_is_let_go_and_the_run_ends_degraded_naming_it() -> None:
+    story = Story()
+    story.follow(world())
+    story.report("a")
+    story.report("b")
+    assert story.follow(world(21)) == ["site_let_go", "collection_closed"]
+    story.aggregate("ab")
+    story.evaluate("ab")
+    story.follow(world(22, here("abc"), 22))
+    assert story.state.records[0].missing == {"c": "no progress for 21 s"}
+    story.whole_round(2)
+    assert story.state.status is Status.DEGRADED
+    assert "c in round 1" in story.state.reason
+    assert story.state.missed == {1: ("c",)}
+
+
+def test_a_lost_connection_is_forgiven_within_the_stall_timeout() -> None:
+    story = Story()
+    story.follow(world())
+    story.report("a")
+    story.report("b")
+    gone = here("ab", gone_since=10.0)
+    assert story.follow(world(29, gone)) == []
+    assert story.follow(world(31, gone)) == ["site_let_go", "collection_closed"]
+
+
+def test_progress_keeps_a_slow_site_in_until_the_deadline() -> None:
+    story = Story()
+    story.follow(world())
+    story.report("a")
+    story.report("b")
+    assert story.follow(world(99, here(progress=98.0))) == []
+    assert story.follow(world(101, here(progress=100.0))) == ["site_let_go", "collection_closed"]
+    assert "deadline" in story.state.current.let_go["c"]  # type: ignore[union-attr]
+
+
+def test_below_quorum_the_round_is_repeated_once_keeping_what_is_there_then_the_run_fails() -> None:
+    story = Story()
+    story.follow(world())
+    story.report("a")
+    for site in "bc":
+        story.tell(ev.SiteLetGo(at=1, round=1, site=site, reason="out of memory"))
+    assert story.follow(world(1)) == ["collection_closed", "round_opened"]
+    assert [c.site for c in work(story.state) if isinstance(c, Train)] == ["b", "c"]
+    for site in "bc":
+        story.tell(ev.SiteLetGo(at=1, round=1, site=site, reason="out of memory"))
+    assert story.follow(world(2)) == ["collection_closed", "run_finished"]
+    assert story.state.status is Status.FAILED
+    assert "out of memory" in story.state.reason
+
+
+def test_an_update_that_the_gate_refuses_is_asked_for_again_when_quorum_is_lost() -> None:
+    story = Story(make_plan(min_sites=3))
+    story.follow(world())
+    for site in "abc":
+        story.report(site)
+    story.follow(world())
+    story.aggregate("ab", rejected={"c": "norm"})
+    assert story.follow(world(1)) == ["round_opened"]
+    assert [c.site for c in work(story.state) if isinstance(c, Train)] == ["c"]
+
+
+def test_impressions_are_made_beside_the_evaluation_and_reach_the_next_round() -> None:
+    plan = make_plan(strategy="fedimpres", synthesis={"warmup_rounds": 1, "images": 8})
+    story = Story(plan, synthesises=True)
+    story.follow(world())
+    for site in "abc":
+        story.report(site)
+    story.follow(world())
+    story.aggregate("abc")
+    assert any(isinstance(c, Synthesise) for c in work(story.state))
+    story.evaluate("abc")
+    assert story.follow(world()) == []
+    story.tell(ev.SynthesisFinished(at=4, round=1, impressions="i1", made=8))
+    assert story.follow(world()) == ["round_finished", "round_opened"]
+    assert story.state.records[0].impressions.made == 8
+    assert all(c.impressions == "i1" for c in work(story.state) if isinstance(c, Train))
+
+
+def test_failed_synthesis_costs_the_impressions_and_not_the_round() -> None:
+    plan = make_plan(strategy="fedimpres", synthesis={"warmup_rounds": 1, "images": 8})
+    story = Story(plan, synthesises=True)
+    story.follow(world())
+    for site in "abc":
+        story.report(site)
+    story.follow(world())
+    story.aggregate("abc")
+    story.evaluate("abc")
+    story.tell(ev.SynthesisFinished(at=4, round=1, impressions=None, made=0, note="loss is NaN"))
+    assert story.follow(world()) == ["round_finished", "round_opened"]
+    assert story.state.records[0].impressions.note == "loss is NaN"
+
+
+def test_pause_takes_effect_after_the_round_and_resume_goes_on() -> None:
+    story = Story()
+    story.follow(world())
+    story.tell(ev.PauseRequested(at=1, by="olga"))
+    with pytest.raises(ConflictError):
+        apply(story.state, ev.PauseRequested(at=1, by="olga"))
+    for site in "abc":
+        story.report(site)
+    story.follow(world())
+    story.aggregate("abc")
+    story.evaluate("abc")
+    assert story.follow(world()) == ["round_finished"]
+    assert story.state.status is Status.PAUSED
+    assert work(story.state) == ()
+    story.tell(ev.ResumeRequested(at=9, by="olga"))
+    assert story.follow(world()) == ["round_opened"]
+
+
+def test_a_pause_asked_for_before_the_first_round_keeps_it_from_opening() -> None:
+    state = apply(RunState(run="t", plan=make_plan()), ev.RunStarted(at=0, sites=SITES, synthesises=False))
+    state = apply(state, ev.PauseRequested(at=1, by="olga"))
+    initialised = ev.RunInitialised(
+        at=2, model="m0", update_tensors=(), local_tensors=(), objective="o", objective_options_json="{}"
+    )
+    state = apply(state, initialised)
+    assert state.status is Status.PAUSED
+    assert decide(state, world()) == ()
+
+
+def test_abort_ends_all_work_and_nothing_can_happen_afterwards() -> None:
+    story = Story()
+    story.follow(world())
+    story.tell(ev.RunFinished(at=1, status="ABORTED", reason="aborted by olga"))
+    assert work(story.state) == ()
+    with pytest.raises(ConflictError, match="is over"):
+        story.report("a")
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        ev.UpdateStored(
+            at=1, round=2, site="a", digest="x", payload_bytes=1, report=ev.Report(num_examples=1)
+        ),
+        ev.UpdateStored(
+            at=1, round=1, site="z", digest="x", payload_bytes=1, report=ev.Report(num_examples=1)
+        ),
+        ev.AggregationFinished(at=1, round=1, model="m", accepted=("a",), rejected={}),
+        ev.EvaluationReported(at=1, round=1, site="a", metrics=()),
+        ev.RoundFinished(at=1, round=1, record_json="{}"),
+        ev.ResumeRequested(at=1, by="olga"),
+    ],
+)
+def test_what_cannot_happen_is_refused(event: ev.Event) -> None:
+    story = Story()
+    story.follow(world())
+    with pytest.raises(ConflictError):
+        apply(story.state, event)
+
+
+def test_a_start_is_acknowledged_once_and_only_by_sites_at_work() -> None:
+    story = Story()
+    story.follow(world())
+    story.tell(ev.TaskStarted(at=1, round=1, site="a"))
+    with pytest.raises(ConflictError):
+        apply(story.state, ev.TaskStarted(at=1, round=1, site="a"))
+    story.tell(ev.SiteLetGo(at=1, round=1, site="b", reason="x"))
+    with pytest.raises(ConflictError):
+        apply(story.state, ev.TaskStarted(at=1, round=1, site="b"))
+
+
+def test_a_site_that_comes_and_goes_without_end_does_not_keep_the_round_from_opening() -> None:
+    story = Story()
+    flapping = {**here("ab"), "c": Presence(True, "its data can't be read", 100.5, 0.0)}
+    assert [event.kind for event in decide(story.state, world(101, flapping))] == ["round_opened"]
+
+
+def test_an_update_counts_once() -> None:
+    story = Story()
+    story.follow(world())
+    story.report("a")
+    with pytest.raises(ConflictError):
+        story.report("a", digest="another")
+
+
+def test_early_stop_looks_at_validation_and_keeps_the_best_round() -> None:
+    story = Story(make_plan(rounds=9, training={"early_stop": 2}))
+    story.whole_round(1, validation=5)
+    story.whole_round(2, validation=8)
+    story.whole_round(3, validation=7)
+    story.whole_round(4, validation=8)
+    assert story.state.status is Status.DONE
+    assert story.state.finished == 4
+    assert story.state.best is not None
+    assert story.state.best.round == 2
+    assert "stopped early" in story.state.reason
+
+
+def test_sites_per_round_draws_the_same_sites_every_time() -> None:
+    story = Story(make_plan(training={"sites_per_round": 2}))
+    story.follow(world())
+    assert story.state.current is not None
+    first = story.state.current.expected
+    assert len(first) == 2
+    again = Story(make_plan(training={"sites_per_round": 2}))
+    again.follow(world())
+    assert again.state.current is not None
+    assert again.state.current.expected == first
+
+
+def test_what_is_released_is_evaluated_and_what_is_trained_goes_on() -> None:
+    story = Story()
+    story.follow(world())
+    assert {c.strategy_state for c in work(story.state) if isinstance(c, Train)} == {None}
+    for site in "abc":
+        story.report(site)
+    story.follow(world())
+    story.tell(
+        ev.AggregationFinished(
+            at=2, round=1, model="m1", released="r1", strategy_state="s1", accepted=SITES, rejected={}
+        )
+    )
+    assert {c.model for c in work(story.state) if isinstance(c, Evaluate)} == {"r1"}
+    story.evaluate("abc")
+    story.follow(world())
+    assert story.state.records[0].model == "r1"
+    assert {c.model for c in work(story.state) if isinstance(c, Train)} == {"m1"}
+    for site in "abc":
+        story.report(site, 2)
+    story.follow(world())
+    (command,) = work(story.state)
+    assert isinstance(command, Aggregate)
+    assert (command.model, command.released, command.strategy_state) == ("m1", "r1", "s1")
+    # A round whose strategy writes nothing keeps what there was.
+    story.tell(ev.AggregationFinished(at=2, round=2, model="m2", released="r2", accepted=SITES, rejected={}))
+    assert story.state.current is not None
+    assert story.state.current.strategy_state == "s1"
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_sites_get_the_state_that_the_strategy_shares(shares: bool) -> None:
+    state = RunState(run="t", plan=make_plan())
+    events: list[ev.Event] = [
+        ev.RunStarted(at=0, sites=SITES, synthesises=False),
+        ev.RunInitialised(
+            at=0, model="m0", update_tensors=(), local_tensors=(), objective="o", objective_options_json="{}",
+            shares_state=shares,
+        ),
+    ]  # fmt: skip
+    for event in events:
+        state = apply(state, event)
+    state = replace(state, strategy_state="s1")
+    for event in decide(state, world()):
+        state = apply(state, event)
+    assert {c.strategy_state for c in work(state) if isinstance(c, Train)} == {"s1" if shares else None}
+
+
+def test_impressions_that_serve_the_whole_run_are_made_once() -> None:
+    state = RunState(run="t", plan=make_plan(synthesis={"warmup_rounds": 0}))
+    story = Story.__new__(Story)
+    story.state, story.events = state, []
+    story.tell(ev.RunStarted(at=0, sites=SITES, synthesises=True))
+    story.tell(
+        ev.RunInitialised(
+            at=0, model="m0", update_tensors=(), local_tensors=(), objective="o", objective_options_json="{}",
+            synthesises_once=True,
+        )
+    )  # fmt: skip
+    for number, made in ((1, True), (2, False)):
+        story.follow(world())
+        for site in "abc":
+            story.report(site, number)
+        story.follow(world())
+        story.aggregate("abc", number)
+        assert any(isinstance(c, Synthesise) for c in work(story.state)) is made
+        if made:
+            story.tell(ev.SynthesisFinished(at=3, round=1, impressions="i1", made=4, figures={"fresh": 4}))
+        story.evaluate("abc", number)
+        story.follow(world())
+    assert story.state.status is Status.DONE
+    assert story.state.impressions == "i1"
+    assert story.state.records[0].impressions.figures == {"fresh": 4}
+
+
+def test_events_of_an_older_journal_are_read() -> None:
+    old = (
+        '{"kind":"aggregation_finished","at":2,"round":1,"model":"m1","accepted":["a","b","c"],"rejected":{}}'
+    )
+    story = Story()
+    story.follow(world())
+    for site in "abc":
+        story.report(site)
+    story.follow(world())
+    story.tell(ev.EVENT.validate_json(old))
+    story.evaluate("abc")
+    story.follow(world())
+    assert story.state.model == story.state.released == story.state.records[0].model == "m1"
+    assert story.state.strategy_state is None
+    initialised = ev.EVENT.validate_json(
+        '{"kind":"run_initialised","at":1,"model":"m","update_tensors":[],"local_tensors":[],"objective":"o",'
+        '"objective_options_json":"{}"}'
+    )
+    assert isinstance(initialised, ev.RunInitialised)
+    assert not initialised.shares_state
+
+
+def test_what_a_finished_round_leaves_behind_can_go() -> None:
+    story = Story()
+    story.follow(world())
+    before = story.state
+    for site in "abc":
+        story.report(site)
+    assert superseded(before, story.state) == set()
+    story.follow(world())
+    aggregated = ev.AggregationFinished(
+        at=2, round=1, model="m1", released="r1", strategy_state="s1", accepted=SITES, rejected={}
+    )
+    story.tell(aggregated)
+    before = story.state
+    story.evaluate("abc")
+    story.follow(world())
+    # The first model may be the operator's: it stays.
+    assert superseded(before, story.state) == {"u-a-1", "u-b-1", "u-c-1"}
+    assert needed(story.state) == {"m1", "r1", "s1"}
+    for site in "abc":
+        story.report(site, 2)
+    story.follow(world())
+    later = {"round": 2, "model": "m2", "released": "r2", "strategy_state": "s2"}
+    story.tell(aggregated.model_copy(update=later))
+    before = story.state
+    story.evaluate("abc", 2)
+    story.follow(world())
+    assert story.state.status is Status.DONE
+    assert superseded(before, story.state) == {"u-a-2", "u-b-2", "u-c-2", "m1", "m2", "s1", "s2"}
+    assert needed(story.state) == {"r1", "r2"}
+
+
+class RunMachine(RuleBasedStateMachine):
+    """Random facts at random times. Facts that the state does not allow must be refused without a trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        plan = make_plan(rounds=3, strategy="fedimpres", synthesis={"warmup_rounds": 1, "images": 4})
+        self.plan = plan
+        self.state = RunState(run="t", plan=plan)
+        self.events: list[ev.Event] = []
+        self.now = 0.0
+        self.stage_since = 0.0
+        self.presence = here("")
+        self.counted: dict[int, set[str]] = {}
+
+    def try_event(self, event: ev.Event) -> bool:
+        before = self.state
+        try:
+            after = apply(before, event)
+        except ConflictError:
+            assert self.state is before
+            return False
+        if after.stage is not before.stage:
+            self.stage_since = self.now
+        self.state = after
+        self.events.append(event)
+        return True
+
+    def settle(self) -> None:
+        for _ in range(50):
+            events = decide(self.state, World(self.now, self.now, self.stage_since, self.presence))
+            if not events:
+                return
+            for event in events:
+                assert self.try_event(event), f"decided {event.kind}, which the state refuses"
+        raise AssertionError("decisions never settle")
+
+    @rule()
+    def start(self) -> None:
+        self.try_event(ev.RunStarted(at=self.now, sites=SITES, synthesises=True))
+        self.settle()
+
+    @rule()
+    def initialise(self) -> None:
+        self.try_event(
+            ev.RunInitialised(
+                at=self.now,
+                model="m0",
+                update_tensors=(),
+                local_tensors=(),
+                objective="o",
+                objective_options_json="{}",
+            )
+        )
+        self.settle()
+
+    @rule(site=st.sampled_from(SITES), connected=st.booleans())
+    def connection(self, site: str, connected: bool) -> None:
+        self.presence = {**self.presence, site: Presence(connected, "", self.now, self.now)}
+        self.settle()
+
+    @rule(seconds=st.floats(0, 150))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.settle()
+
+    @rule(site=st.sampled_from(SITES), digest=st.integers(0, 3))
+    def update(self, site: str, digest: int) -> None:
+        number = self.state.current.number if self.state.current else 1
+        stored = self.try_event(
+            ev.UpdateStored(
+                at=self.now, round=number, site=site, digest=f"{site}{digest}", payload_bytes=4,
+                report=ev.Report(num_examples=3),
+            )
+        )  # fmt: skip
+        if stored:
+            self.counted.setdefault(number, set()).add(site)
+        self.settle()
+
+    @rule(site=st.sampled_from(SITES))
+    def fail(self, site: str) -> None:
+        number = self.state.current.number if self.state.current else 1
+        self.try_event(ev.SiteLetGo(at=self.now, round=number, site=site, reason="x"))
+        self.settle()
+
+    @precondition(lambda self: any(isinstance(c, Aggregate) for c in work(self.state)))
+    @rule(refused=st.sets(st.sampled_from(SITES)), averaged=st.booleans(), keeps=st.booleans())
+    def aggregate(self, refused: set[str], averaged: bool, keeps: bool) -> None:
+        (command,) = work(self.state)
+        assert isinstance(command, Aggregate)
+        sites = [site for site, _, _ in command.updates]
+        accepted = tuple(s for s in sites if s not in refused)
+        rejected = {s: "no" for s in sites if s in refused}
+        if accepted:
+            event: ev.Event = ev.AggregationFinished(
+                at=self.now, round=command.round, model=f"m{command.round}", accepted=accepted, rejected=rejected,
+                released=f"r{command.round}" if averaged else None, strategy_state=f"s{command.round}" if keeps else None,
+            )  # fmt: skip
+        else:
+            event = ev.AggregationFailed(at=self.now, round=command.round, reason="none", rejected=rejected)
+        assert self.try_event(event)
+        self.settle()
+
+    @precondition(lambda self: any(isinstance(c, Synthesise) for c in work(self.state)))
+    @rule(works=st.booleans())
+    def synthesise(self, works: bool) -> None:
+        number = self.state.current.number  # type: ignore[union-attr]
+        assert self.try_event(
+            ev.SynthesisFinished(
+                at=self.now, round=number, impressions=f"i{number}" if works else None, made=4 if works else 0
+            )
+        )
+        self.settle()
+
+    @rule(site=st.sampled_from(SITES))
+    def evaluation(self, site: str) -> None:
+        number = self.state.current.number if self.state.current else 1
+        metrics = (ev.Metrics(split="test", num_examples=4, num_correct=2, loss_sum=1.0),)
+        self.try_event(ev.EvaluationReported(at=self.now, round=number, site=site, metrics=metrics))
+        self.settle()
+
+    @rule()
+    def pause(self) -> None:
+        self.try_event(ev.PauseRequested(at=self.now, by="o"))
+        self.settle()
+
+    @rule()
+    def resume(self) -> None:
+        self.try_event(ev.ResumeRequested(at=self.now, by="o"))
+        self.settle()
+
+    @precondition(lambda self: len(self.events) > 12)
+    @rule()
+    def abort(self) -> None:
+        self.try_event(ev.RunFinished(at=self.now, status="ABORTED", reason="o"))
+
+    @invariant()
+    def replay_equals_live(self) -> None:
+        texts = [ev.EVENT.dump_json(event) for event in self.events]
+        again = replay("t", self.plan, [ev.EVENT.validate_json(text) for text in texts])
+        assert again == self.state
+
+    @invariant()
+    def the_round_is_consistent(self) -> None:
+        current = self.state.current
+        if current is None:
+            return
+        registered, reported = set(current.registered), set(current.reported)
+        assert current.number == self.state.finished + 1
+        assert reported <= registered
+        assert set(current.let_go) <= registered
+        assert not reported & set(current.let_go)
+        assert set(current.accepted) <= reported
+        assert registered <= set(current.expected)
+        assert current.attempt <= 2
+        assert (current.model is None) == (current.released is None) == (current.aggregated_at is None)
+
+    @invariant()
+    def nothing_needed_is_ever_superseded(self) -> None:
+        if len(self.events) > 1:
+            before = replay("t", self.plan, self.events[:-1])
+            assert not superseded(before, self.state) & needed(self.state)
+            assert "m0" not in superseded(before, self.state)
+
+    @invariant()
+    def every_finished_round_is_whole_and_counted_once(self) -> None:
+        assert [r.round for r in self.state.records] == list(range(1, self.state.finished + 1))
+        for record in self.state.records:
+            assert self.plan.min_sites <= record.aggregated <= record.expected
+            assert record.aggregated <= len(self.counted[record.round])
+            assert len(record.missing) == record.expected - record.aggregated
+
+    @invariant()
+    def work_is_never_asked_of_a_run_that_is_over_or_paused(self) -> None:
+        if self.state.status.final or self.state.status in (Status.QUEUED, Status.PAUSED):
+            assert work(self.state) == ()
+
+    @invariant()
+    def done_means_that_nobody_was_missed(self) -> None:
+        if self.state.status is Status.DONE:
+            assert not self.state.missed
+        if self.state.status is Status.DEGRADED:
+            assert self.state.missed
+
+
+RunMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestRunMachine = RunMachine.TestCase
