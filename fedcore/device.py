@@ -51,9 +51,10 @@ class ComputeDevice:
     def low_precision(self, precision: Precision) -> torch.dtype | None:
         """The autocast dtype, None for float32.
 
-        Always float32 on the CPU; "auto" is bf16 where the GPU has it.
+        "auto" is float32 on the CPU, and bf16 on a GPU that has it. A CPU takes bf16 if asked: 1.6 times as fast
+        where it has such instructions (AVX512-BF16, AMX), and slow elsewhere. It knows no fp16.
         """
-        if not self.is_cuda or precision == "fp32":
+        if precision == "fp32" or (not self.is_cuda and precision != "bf16"):
             return None
         if precision == "auto":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

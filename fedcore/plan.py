@@ -37,7 +37,8 @@ class ModelSection(_Section):
 
 
 class TrainingSection(_Section):
-    """What a site does in a round. `precision` other than fp32 takes effect on CUDA only."""
+    """What a site does in a round. `precision`: "auto" is fp32 on a CPU and bf16 on a GPU; fp16 takes effect on a
+    GPU only."""
 
     epochs: int = Field(1, ge=1, le=1000)
     batch_size: int = Field(64, ge=1, le=65536)

@@ -89,6 +89,9 @@ _FOREIGN: dict[grpc.StatusCode, type[e.FedimpresError]] = {
     _S.DATA_LOSS: e.TransferError,
 }
 
+# What grpc.aio says when the other side ended a stream, with a status that got lost, while this one was sending.
+_CUT = "Internal error from Core"
+
 # Pieces of grpc's texts, and what to do about them. First match wins.
 _CONNECTION_HINTS = (
     (
@@ -172,6 +175,8 @@ def from_rpc_error(error: grpc.RpcError, who: str) -> e.FedimpresError:
     kind = e.BY_CODE.get(metadata.get(CODE_KEY, ""))
     if kind is not None:
         return kind(details or kind.__doc__ or kind.code, hint=unquote(metadata.get(HINT_KEY, "")))
+    if details == _CUT:
+        return e.TruncatedStreamError(f"{who}: closed the stream while this side was still sending")
     kind = _FOREIGN.get(status, e.InternalError)
     if kind is e.UnreachableError:
         return e.UnreachableError(f"{who}: {_useful_part(details)}", hint=_connection_hint(details))

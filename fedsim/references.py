@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from fedagent.trainer import load_model
-from fedcore.data import LabelledImages
 from fedcore.data.benchmark_sets import Federation, SiteSplit
 from fedcore.device import open_device
 from fedcore.errors import LearningError
@@ -24,7 +23,7 @@ from fedcore.round_record import RoundRecord, SiteFigures
 from fedserver.figures import accuracy, pooled, recalls
 from fedserver.round_events import Metrics
 from fedsim.runs import Result, run, write_result
-from fedsim.sites import plan_images
+from fedsim.sites import joined, plan_images
 from fedsim.summary import mean
 
 POOLED = "pooled"
@@ -37,8 +36,8 @@ def run_pooled(plan: Plan, federation: Federation, *, threads: int, device: str,
     what could be had if they might leave. Raises what `run` raises.
     """
     everything = SiteSplit(
-        train=_joined([split.train for split in federation.sites.values()]),
-        validation=_joined([split.validation for split in federation.sites.values()]),
+        train=joined([split.train for split in federation.sites.values()]),
+        validation=joined([split.validation for split in federation.sites.values()]),
         test=_none_of(federation),
     )
     return _run_alone(plan, federation, "pooled", everything, threads=threads, device=device, out=out)
@@ -49,7 +48,7 @@ def run_single_site(plan: Plan, federation: Federation, *, threads: int, device:
 
     Raises what `run` raises.
     """
-    validation = _joined([split.validation for split in federation.sites.values()])
+    validation = joined([split.validation for split in federation.sites.values()])
     best: tuple[float, str, Result] | None = None
     seconds = 0.0
     for name, split in federation.sites.items():
@@ -162,12 +161,6 @@ def with_site_figures(
         "bytes_down": 0,
     }
     return record.model_copy(update=update)
-
-
-def _joined(parts: list[LabelledImages]) -> LabelledImages:
-    return LabelledImages(
-        np.concatenate([part.images for part in parts]), np.concatenate([part.labels for part in parts])
-    )
 
 
 def _none_of(federation: Federation) -> LabelledImages:

@@ -34,7 +34,7 @@ from fedserver.round_state import RunState
 from fedserver.strategies import load_strategy
 from fedsim.forgetting import ForgettingMeter
 from fedsim.identity import initial_model_path
-from fedsim.sites import MemoryImages, QuietJob, SimulatedSites, plan_images
+from fedsim.sites import MemoryImages, QuietJob, SimulatedSites, joined, plan_images
 
 OnRound = Callable[[RoundRecord, Path], None]
 T = TypeVar("T")
@@ -101,8 +101,10 @@ class Simulation:
         self._work = ComputeWork(InProcessHost(ServerCompute()), self._store, self._clock, self._compute)
         self._site_names = check_sites(plan, federation)
         self._initial = self._adopt_initial()
-        pooled = plan_images(federation.pooled_test, plan, federation.class_names, "pooled test set")
-        self._meter = ForgettingMeter(plan, pooled, device)
+        validation = joined([federation.sites[site].validation for site in self._site_names])
+        self._meter = ForgettingMeter(
+            plan, plan_images(validation, plan, federation.class_names, "pooled validation"), device
+        )
         self._state = RunState(run=plan.name, plan=plan)
         self._events: list[ev.Event] = []
         self._forgetting: dict[int, float | None] = {}

@@ -3,8 +3,10 @@
 Legend: N images, H x W pixels, C channels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from fedagent.compute import AgentCompute
 from fedagent.resident import ResidentImages
@@ -71,6 +73,13 @@ def site_data(split: SiteSplit, plan: Plan, class_names: tuple[str, ...], site: 
     if not len(train):
         raise DataError(f"{site}: no training images", hint="ask for fewer sites, or a larger alpha")
     return SiteData(train, validation, test, plan.class_names)
+
+
+def joined(parts: Sequence[LabelledImages]) -> LabelledImages:
+    """Several sites' images as one set."""
+    return LabelledImages(
+        np.concatenate([part.images for part in parts]), np.concatenate([part.labels for part in parts])
+    )
 
 
 def plan_images(images: LabelledImages, plan: Plan, class_names: tuple[str, ...], who: str) -> LabelledImages:

@@ -143,6 +143,7 @@ def make_bank(
             bounds=(bounds[0].to(device.device), bounds[1].to(device.device)),
             generator=generator,
             last_model=last_model,
+            autocast=lambda: device.autocast(plan.training.precision),
         )
         parts = [_placed(part, device) for part in parts]
         if options.time_budget_s is not None:

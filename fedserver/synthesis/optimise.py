@@ -10,18 +10,17 @@ Legend: M images in all, B in a batch, C channels, H x W pixels, K classes, D fe
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.hooks import RemovableHandle
 
 from fedcore.errors import LearningError
 from fedserver.synthesis import loss as sums
 from fedserver.synthesis import objective
+from fedserver.synthesis.frozen_norm import frozen_norms
 from fedserver.synthesis.objective import LayerStatistics
 from fedserver.synthesis.options import SynthesisOptions
 
@@ -74,7 +73,7 @@ class ImageOptimiser:
 
     `model` is frozen and in eval mode, on the images' device, as is `last_model`, the last round's global
     model; `bounds` are the lowest and highest value of a pixel. `generator`, on the CPU, draws shifts and
-    flips.
+    flips. The models' features are computed within `autocast()`, heads and terms in float32.
     """
 
     def __init__(
@@ -85,8 +84,10 @@ class ImageOptimiser:
         bounds: tuple[Tensor, Tensor],
         generator: torch.Generator,
         last_model: InvertibleModel | None = None,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._model = model
+        self._autocast = autocast
         self._options = options
         self._bounds = bounds
         self._generator = generator
@@ -103,7 +104,7 @@ class ImageOptimiser:
         passes = self._options.dual_passes
         total = passes * sum(stretch.steps for stretch in stretches)
         done = 0
-        with _recorded_statistics(self._model, self._wants_statistics) as layers:
+        with frozen_norms(self._model, record=self._wants_statistics) as layers:
             for pass_number in range(1, passes + 1):
                 for stretch in stretches:
                     for _ in range(stretch.steps):
@@ -144,7 +145,7 @@ class ImageOptimiser:
             [Part(part.images[:size], part.labels[:size], UNTIMED_STEPS + TIMED_STEPS)]
         )
         began = time.perf_counter()
-        with _recorded_statistics(self._model, self._wants_statistics) as layers:
+        with frozen_norms(self._model, record=self._wants_statistics) as layers:
             for number in range(stretch.steps):
                 if number == UNTIMED_STEPS:
                     began = time.perf_counter()
@@ -160,7 +161,8 @@ class ImageOptimiser:
             for images, labels in zip(
                 torch.split(part.images, size), torch.split(part.labels, size), strict=True
             ):
-                images_BCHW = images.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+                # Channels apart: the terms on pixels are faster so. The model sees them channels last.
+                images_BCHW = images.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
                 optimiser = self._new_optimiser(images_BCHW)
                 yield _Stretch(images_BCHW, labels, optimiser, part.steps, number)
 
@@ -173,8 +175,8 @@ class ImageOptimiser:
         """One projected step; returns the loss before it, a scalar."""
         images_BCHW = stretch.images
         layers.clear()
-        seen_BCHW = self._jittered(images_BCHW)
-        features_BD = self._model.features(seen_BCHW)
+        seen_BCHW = self._jittered(images_BCHW).contiguous(memory_format=torch.channels_last)
+        features_BD = self._features(self._model, seen_BCHW)
         view = sums.View(
             images=images_BCHW,
             labels=stretch.labels,
@@ -214,8 +216,13 @@ class ImageOptimiser:
     def _last_logits(self, images_BCHW: Tensor) -> Tensor | None:
         if self._last_model is None:
             return None
-        logits_BK: Tensor = self._last_model.head(self._last_model.features(images_BCHW))
+        logits_BK: Tensor = self._last_model.head(self._features(self._last_model, images_BCHW))
         return logits_BK
+
+    def _features(self, model: InvertibleModel, images_BCHW: Tensor) -> Tensor:
+        with self._autocast():
+            features_BD = model.features(images_BCHW)
+        return features_BD.float()
 
     @torch.no_grad()
     def _raise_dual(self, stretches: Sequence[_Stretch]) -> None:
@@ -223,37 +230,10 @@ class ImageOptimiser:
         gradient_KD = torch.zeros_like(self._dual_KD)
         count = 0
         for stretch in stretches:
-            features_BD = self._model.features(stretch.images)
+            features_BD = self._features(self._model, stretch.images)
             logits_BK = self._model.head(features_BD)
             size = len(stretch.labels)
             gradient_KD += objective.head_gradient(logits_BK, features_BD, stretch.labels) * size
             count += size
         residual_KD = sums.residual(gradient_KD / max(count, 1), self._model.head.weight, self._options)
         self._dual_KD = objective.updated_dual(self._dual_KD, residual_KD, self._options.rho)
-
-
-@contextmanager
-def _recorded_statistics(model: InvertibleModel, wanted: bool) -> Iterator[list[LayerStatistics]]:
-    """A list to which every forward pass adds the input statistics of the model's BatchNorm layers."""
-    layers: list[LayerStatistics] = []
-    handles: list[RemovableHandle] = []
-
-    def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, _BatchNorm)
-        if module.running_mean is None or module.running_var is None:
-            return
-        # Rows of channels: a view where channels lie last. `var_mean` is several times slower here.
-        rows_RC = inputs[0].movedim(1, -1).flatten(0, -2)
-        mean_C = rows_RC.mean(0)
-        variance_C = (rows_RC.square().mean(0) - mean_C.square()).clamp_min(0)
-        layers.append(
-            LayerStatistics(mean_C, variance_C, module.running_mean, module.running_var, module.eps)
-        )
-
-    if wanted:
-        handles = [m.register_forward_pre_hook(record) for m in model.modules() if isinstance(m, _BatchNorm)]
-    try:
-        yield layers
-    finally:
-        for handle in handles:
-            handle.remove()
