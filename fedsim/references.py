@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fedagent.trainer import load_model
+from fedcore.data import LabelledImages
 from fedcore.data.benchmark_sets import Federation, SiteSplit
 from fedcore.device import open_device
 from fedcore.errors import LearningError
