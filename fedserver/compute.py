@@ -76,6 +76,7 @@ class ServerCompute:
             "objective_options": dict(strategy.objective_options),
             "shares_state": strategy.shares_state,
             "synthesises_once": strategy.synthesises_once,
+            "overlaps": strategy.synthesis is not None and strategy.synthesis.overlap,
         }
 
     def aggregate(self, args: dict[str, Any], job: Job) -> dict[str, Any]:

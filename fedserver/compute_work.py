@@ -75,7 +75,7 @@ class ComputeWork:
                     result = await self._run(
                         "synthesise", on_progress, plan=plan, round=command.round,
                         model=str(self._store.find(command.model)), previous=self._path(command.previous), out=str(out),
-                        last_model=self._path(state.released or state.model),
+                        last_model=self._path(command.last_model),
                         validation_accuracy=_newest_validation(state),
                     )  # fmt: skip
                     if result["digest"] is not None:

@@ -157,4 +157,5 @@ def initialised_event(result: dict[str, Any], at: float) -> ev.RunInitialised:
         objective_options_json=json.dumps(result["objective_options"], sort_keys=True),
         shares_state=result["shares_state"],
         synthesises_once=result["synthesises_once"],
+        overlaps=result["overlaps"],
     )

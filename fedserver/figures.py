@@ -83,7 +83,7 @@ def round_record(state: RunState, current: Round, now: float, bytes_down: int) -
             note=note,
             figures=dict(current.synthesis_figures),
         ),
-        phases_s=_phases(current, now),
+        phases_s=_phases(current, now, state.overlaps),
         seconds=max(0.0, now - current.opened_at),
         bytes_up=sum(u.payload_bytes for u in current.reported.values()),
         bytes_down=bytes_down,
@@ -115,7 +115,7 @@ def _why_absent(reason: str | None) -> str:
     return "not there when the round opened" + (f": {reason}" if reason else "")
 
 
-def _phases(current: Round, now: float) -> dict[str, float]:
+def _phases(current: Round, now: float, overlaps: bool) -> dict[str, float]:
     closed = current.closed_at or now
     aggregated = current.aggregated_at or closed
     phases = {
@@ -124,5 +124,5 @@ def _phases(current: Round, now: float) -> dict[str, float]:
         "evaluating": (current.evaluated_at or aggregated) - aggregated,
     }
     if current.synthesised_at is not None:
-        phases["synthesising"] = current.synthesised_at - aggregated
+        phases["synthesising"] = current.synthesised_at - (current.opened_at if overlaps else aggregated)
     return {name: round(max(0.0, seconds), 4) for name, seconds in phases.items()}

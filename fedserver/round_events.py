@@ -65,8 +65,10 @@ class RunInitialised(_Event):
     objective_options_json: str
     # Whether sites get what the strategy keeps between rounds.
     shares_state: bool = False
-    # Whether the first impressions serve the whole run.
+    # Whether the first impressions serve the whole run; whether they are made while sites train, through the model that
+    # these start from, for the round after.
     synthesises_once: bool = False
+    overlaps: bool = False
 
 
 class RoundOpened(_Event):
@@ -144,7 +146,7 @@ class AggregationFailed(_Event):
 
 
 class SynthesisFinished(_Event):
-    """Impressions of the new global model are stored; or there are none, and `note` says why."""
+    """The round's impressions are stored; or there are none, and `note` says why."""
 
     kind: Literal["synthesis_finished"] = "synthesis_finished"
     round: int

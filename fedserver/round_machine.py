@@ -52,11 +52,12 @@ class Aggregate:
 
 @dataclass(frozen=True, slots=True)
 class Synthesise:
-    """Make impressions through the new global model. `previous` is the bank before."""
+    """Make impressions through a global model. `previous` is the bank before, `last_model` the model before."""
 
     round: int
     model: str
     previous: str | None
+    last_model: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,25 @@ def work(state: RunState) -> tuple[Command, ...]:
     current = state.current
     if current is None or state.status.final:
         return ()
+    return (*_round_work(state, current), *_synthesis(state, current))
+
+
+def _synthesis(state: RunState, current: Round) -> tuple[Synthesise, ...]:
+    """The making of impressions, if this round's are still to be made and there is a model for it."""
+    if current.synthesised is not None:
+        return ()
+    assert state.model is not None
+    if state.overlaps:
+        before = state.records[-2].model if len(state.records) > 1 else None
+        model = state.released or state.model
+        return (Synthesise(current.number, model, state.impressions, before),)
+    if current.released is None:
+        return ()
+    before = state.released or state.model
+    return (Synthesise(current.number, current.released, state.impressions, before),)
+
+
+def _round_work(state: RunState, current: Round) -> tuple[Command, ...]:
     if state.stage is Stage.TRAINING:
         assert state.model is not None
         shared = state.strategy_state if state.shares_state else None
@@ -103,8 +123,6 @@ def work(state: RunState) -> tuple[Command, ...]:
         released = current.released
         assert released is not None
         commands: list[Command] = [Evaluate(current.number, s, released) for s in current.unevaluated]
-        if current.synthesised is None:
-            commands.append(Synthesise(current.number, released, state.impressions))
         if awaits_figures(state, current, ""):
             commands.append(EvaluateHere(current.number, released))
         return tuple(commands)
@@ -137,6 +155,7 @@ def apply(state: RunState, event: ev.Event) -> RunState:
                 objective_options_json=event.objective_options_json,
                 shares_state=event.shares_state,
                 synthesises_once=event.synthesises_once,
+                overlaps=event.overlaps,
             )
             return _to_opening(initialised)
         case ev.PauseRequested():
@@ -202,7 +221,7 @@ def _apply_to_round(state: RunState, event: ev.Event) -> RunState:
             _expect(state, state.stage is Stage.AGGREGATING, event)
             return _to_opening(_reject(state, current, event.rejected), event.reason)
         case ev.SynthesisFinished():
-            _expect(state, state.stage is Stage.EVALUATING and current.synthesised is None, event)
+            _expect(state, bool(_synthesis(state, current)), event)
             changed = replace(
                 current,
                 synthesised=(event.made, event.note),
@@ -267,23 +286,32 @@ def _open(state: RunState, event: ev.RoundOpened) -> RunState:
     # A repetition keeps the updates that are there: they were made from the same global model.
     kept = state.current.reported if state.current is not None else {}
     registered = tuple(sorted({*event.registered, *kept}))
-    opened_at = state.current.opened_at if state.current is not None else event.at
+    first = state.current or Round(
+        event.round, event.attempt, event.expected, registered, event.at,
+        synthesised=None if _wants_impressions(state, event.round) else (0, ""),
+    )  # fmt: skip
+    current = Round(
+        number=event.round,
+        attempt=event.attempt,
+        expected=event.expected,
+        registered=registered,
+        opened_at=first.opened_at,
+        absent=MappingProxyType(dict(event.absent)),
+        started=frozenset(kept),
+        reported=MappingProxyType(dict(kept)),
+        # Impressions that were made beside the first attempt are there.
+        synthesised=first.synthesised,
+        synthesised_at=first.synthesised_at,
+        new_impressions=first.new_impressions,
+        synthesis_figures=first.synthesis_figures,
+    )
     return replace(
         state,
         status=Status.RUNNING,
         stage=Stage.TRAINING,
         reason=event.reason,
         attempts=event.attempt,
-        current=Round(
-            number=event.round,
-            attempt=event.attempt,
-            expected=event.expected,
-            registered=registered,
-            opened_at=opened_at,
-            absent=MappingProxyType(dict(event.absent)),
-            started=frozenset(kept),
-            reported=MappingProxyType(dict(kept)),
-        ),
+        current=current,
     )
 
 
@@ -297,7 +325,6 @@ def _aggregated(state: RunState, current: Round, event: ev.AggregationFinished) 
     if len(event.accepted) < state.plan.min_sites:
         why = f"only {len(event.accepted)} updates passed the gate, min_sites is {state.plan.min_sites}"
         return _to_opening(_reject(state, current, event.rejected), why)
-    wanted = state.synthesises and _wants_impressions(state, current)
     changed = replace(
         current,
         model=event.model,
@@ -306,15 +333,17 @@ def _aggregated(state: RunState, current: Round, event: ev.AggregationFinished) 
         accepted=event.accepted,
         rejected=dict(event.rejected),
         aggregated_at=event.at,
-        synthesised=None if wanted else (0, ""),
     )
     return replace(state, current=changed, stage=Stage.EVALUATING, reason="sites evaluate the new model")
 
 
-def _wants_impressions(state: RunState, current: Round) -> bool:
+def _wants_impressions(state: RunState, round_number: int) -> bool:
+    if not state.synthesises:
+        return False
     if state.synthesises_once:
         return state.impressions is None
-    return should_synthesise(state.plan, current.number)
+    # Beside training there is only the model that the round before ended with.
+    return should_synthesise(state.plan, round_number - 1 if state.overlaps else round_number)
 
 
 def _finish_round(state: RunState, event: ev.RoundFinished) -> RunState:

@@ -120,8 +120,9 @@ class RunState:
     strategy_state: str | None = None
     # Whether sites get the strategy's state.
     shares_state: bool = False
-    # Whether the first impressions serve the whole run.
+    # Whether the first impressions serve the whole run; whether they are made while sites train.
     synthesises_once: bool = False
+    overlaps: bool = False
     update_tensors: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
     local_tensors: tuple[str, ...] = ()
     objective: str = ""

@@ -140,7 +140,7 @@ def compare(
     model: Annotated[str, typer.Option(help="Architecture.")] = "cnn",
     settings: Annotated[
         Path | None,
-        typer.Option(help="TOML: a table of tuned plan keys a strategy.", exists=True, dir_okay=False),
+        typer.Option(help="TOML: a table of plan keys a strategy, in place of the stored tuned ones.", exists=True, dir_okay=False),
     ] = None,
     workers: WorkersOption = None,
     threads: ThreadsOption = 1,
@@ -164,7 +164,7 @@ def compare(
         sites=sites,
         rounds=rounds,
         model=model,
-        settings=load_settings(settings) if settings is not None else {},
+        settings=load_settings(settings) if settings is not None else None,
         settings_path=settings,
         device=device,
         threads=threads,

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from fedcore.plan import Plan
 from fedserver.strategies import load_strategy
 from fedsim.experiments import RUNS_FILE, DataSpec, Line, Spec, execute, read_lines
 from fedsim.identity import FORGETTING_ROUNDS, config_hash
-from fedsim.protocol import Axis, Document, Profile, plan_of, profile_of, variants
+from fedsim.protocol import Axis, Document, Profile, plan_of, profile_of, stored_settings, variants
 from fedsim.writing import write_results
 
 REFERENCES = ("pooled", "single_site")
@@ -38,7 +38,8 @@ class Comparison:
     sites: int | None = None
     rounds: int | None = None
     model: str = "cnn"
-    settings: Mapping[str, Document] = field(default_factory=dict)
+    # By strategy; None takes the stored ones of the data set.
+    settings: Mapping[str, Document] | None = None
     settings_path: Path | None = None
     device: str = "cpu"
     threads: int = 1
@@ -69,9 +70,13 @@ def compare(asked: Comparison, say: Say) -> list[Line]:
     return lines
 
 
-def comparison_specs(asked: Comparison) -> list[Spec]:
-    """The runs of a comparison, a strategy after another, checked before the first one starts."""
+def comparison_specs(asked: Comparison, ablation: str | None = None) -> list[Spec]:
+    """The runs of a comparison, a strategy after another, checked before the first one starts.
+
+    `ablation` names what differs from the main rows, if anything does.
+    """
     profile = profile_of(asked.profile)
+    settings = stored_settings(asked.dataset) if asked.settings is None else asked.settings
     specs = []
     for strategy in asked.strategies:
         for seed in asked.seeds:
@@ -85,7 +90,7 @@ def comparison_specs(asked: Comparison) -> list[Spec]:
                 seed=seed,
                 rounds=asked.rounds,
                 model=asked.model,
-                settings=asked.settings.get(strategy),
+                settings=settings.get(strategy),
             )
             load_strategy(plan)
             specs.append(
@@ -100,6 +105,7 @@ def comparison_specs(asked: Comparison) -> list[Spec]:
                     profile=profile.name,
                     strategy=strategy,
                     reference=reference,
+                    ablation=ablation,
                     command=asked.command(strategy, seed),
                 )
             )

@@ -169,8 +169,17 @@ def perform(spec: Spec) -> Line:
         "reason": result.reason,
         "model": result.model_digest,
         "folder": f"{folder.parent.name}/{folder.name}",
-        "spec": asdict(spec),
+        "spec": _without_places(spec),
     }
+
+
+def _without_places(spec: Spec) -> dict[str, Any]:
+    """A spec as a line keeps it: without this machine's paths, so that lines can be shared."""
+    document = asdict(spec)
+    del document["folder"]
+    if spec.data.data is not None:
+        document["data"]["data"] = Path(spec.data.data).name
+    return document
 
 
 def _perform_all(todo: Sequence[Spec], workers: int) -> Iterator[tuple[Spec, Line | FedimpresError]]:

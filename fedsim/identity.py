@@ -22,12 +22,13 @@ def config_hash(
     forgetting_rounds: int = FORGETTING_ROUNDS,
     reference: str = "",
 ) -> str:
-    """16 hexadecimal digits that name a configuration: plan less its name, split, device, threads.
+    """16 hexadecimal digits that name a configuration: plan less its name and defaults, split, device, threads.
 
     `reference` tells pooled training and single sites from a federation. Raises PlanError if the plan's
     initial model is not there.
     """
-    document = json.loads(plan.to_json())
+    # Less what is at its default: an option that a later version adds changes no name.
+    document = plan.model_dump(mode="json", exclude_defaults=True)
     del document["name"]
     initial = ""
     if plan.training.initial is not None:

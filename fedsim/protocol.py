@@ -1,7 +1,7 @@
 """The evaluation protocol as code: profiles, and the plan that a strategy runs under. No torch.
 
-A comparison never tunes: settings that were tuned elsewhere come from a file, one table a strategy, in the
-form of a plan:
+A comparison never tunes: tuned settings come with the package (`tuned.json`, by data set), or from a file in their
+place, one table a strategy, in the form of a plan:
 
     [fedavg.training]
     learning_rate = 0.03
@@ -44,6 +44,8 @@ LEARNING_RATE = 0.02
 # 1.6 times as fast as fp32 on a CPU with AVX512-BF16 or AMX, the same for every row; scoring stays in fp32.
 PRECISION = "bf16"
 IMPRESSIONS = 160
+# By data set and strategy; written by `benchmarks/results.py tune`.
+STORED_SETTINGS = Path(__file__).with_name("tuned.json")
 
 
 def profile_of(name: str) -> Profile:
@@ -99,6 +101,12 @@ def load_settings(path: Path) -> dict[str, Document]:
         if not isinstance(part, dict):
             raise ConfigError(f"{path}: '{strategy}' is {part!r}, expected a table of plan keys")
     return document
+
+
+def stored_settings(dataset: str) -> dict[str, Document]:
+    """The tuned settings that come with this version, by strategy; none for a data set nothing was tuned on."""
+    document: dict[str, dict[str, Document]] = json.loads(STORED_SETTINGS.read_text(encoding="utf-8"))
+    return document.get(dataset, {})
 
 
 def merged(document: Mapping[str, Any], over: Mapping[str, Any]) -> Document:

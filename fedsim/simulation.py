@@ -156,7 +156,8 @@ class Simulation:
         best = self._state.best
         state = self._state
         keep = {state.model, state.released, state.strategy_state, best.model if best is not None else None}
-        keep |= {record.impressions_digest for record in self._state.records}
+        keep |= {record.impressions_digest for record in state.records}
+        keep |= {record.model for record in state.records[-2:]}
         for digest in list(self._store.digests()):
             if digest not in keep:
                 self._store.delete(digest)
@@ -258,7 +259,7 @@ class Simulation:
         waited = time.monotonic() - began
         event = _now(self._work.perform(self._state, command, self._initial, lambda fields: None))
         if isinstance(command, Synthesise):
-            # Production synthesises beside the sites' evaluation; here it had to wait for them.
+            # Production synthesises beside the sites' work; here it had to wait for them.
             event = event.model_copy(update={"at": event.at - waited})
         self._happen(event)
 

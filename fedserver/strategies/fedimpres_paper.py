@@ -19,6 +19,7 @@ from fedserver.synthesis.options import SynthesisOptions
 class FedImpresPaperOptions(StrategyOptions, SynthesisOptions):
     """`SynthesisOptions` with the published values as defaults, and the sites' two numbers."""
 
+    overlap: bool = False
     steps: int | Literal["auto"] = 10
     dual_passes: int = Field(3, ge=1, le=1000)
     optimizer: Literal["adam", "sgd"] = "sgd"

@@ -70,7 +70,8 @@ def frozen_norms(model: _Layered, *, record: bool) -> Iterator[list[LayerStatist
 
 def _affine(layer: _BatchNorm, recorded: list[LayerStatistics] | None, x: Tensor) -> Tensor:
     stored_mean, stored_variance = layer.running_mean, layer.running_var
-    assert stored_mean is not None and stored_variance is not None
+    assert stored_mean is not None
+    assert stored_variance is not None
     if recorded is not None:
         recorded.append(LayerStatistics(*moments(x), stored_mean, stored_variance, layer.eps))
     scale_C = (stored_variance + layer.eps).rsqrt()

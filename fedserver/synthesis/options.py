@@ -21,6 +21,11 @@ class SynthesisOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    # -- when -----------------------------------------------------------------------------------
+    # True: while sites train, through the model that these start from, for the round after; the coordinator's work
+    # then costs no time where it has a processor of its own. False: after aggregation, for the next round.
+    overlap: bool = True
+
     # -- the loop -------------------------------------------------------------------------------
     # Steps on each batch of images in a pass, and passes over all images; the dual variable moves after each.
     # "auto": 100 from noise, 25 for what is kept of a bank. 0 leaves the start as it is (virtual noise images).

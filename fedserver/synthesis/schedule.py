@@ -2,8 +2,8 @@
 
 from fedcore.plan import Plan
 
-# Before it the global model has seen each site once: nothing to remember yet.
-AUTO_WARMUP_ROUNDS = 2
+# With "auto" it is the model's validated accuracy that says when there is something to remember (`readiness.py`).
+AUTO_WARMUP_ROUNDS = 1
 
 
 def should_synthesise(plan: Plan, round_number: int) -> bool:

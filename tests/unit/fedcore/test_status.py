@@ -15,6 +15,7 @@ from fedcore.errors import (
     InternalError,
     StorageError,
     TensorMismatchError,
+    TruncatedStreamError,
     UnreachableError,
 )
 
@@ -136,3 +137,8 @@ def test_report_prints_code_message_and_hint():
     out = io.StringIO()
     assert status.report(KeyError("k"), out) == 70
     assert out.getvalue().startswith("error[internal]: KeyError: 'k'\nhint: ")
+
+
+def test_a_stream_that_the_other_side_ended_while_this_one_sent_is_cut_and_no_bug():
+    error = Received(grpc.StatusCode.INTERNAL, "Internal error from Core")
+    assert isinstance(status.from_rpc_error(error, "coordinator"), TruncatedStreamError)

@@ -266,6 +266,54 @@ def test_impressions_are_made_beside_the_evaluation_and_reach_the_next_round() -
     assert all(c.impressions == "i1" for c in work(story.state) if isinstance(c, Train))
 
 
+def test_impressions_are_made_beside_training_through_the_model_it_starts_from() -> None:
+    plan = make_plan(rounds=9, strategy="fedimpres", synthesis={"warmup_rounds": 1, "images": 8})
+    story = Story(plan, synthesises=True)
+    story.state = replace(story.state, overlaps=True)
+
+    def synthesis() -> list[Synthesise]:
+        return [c for c in work(story.state) if isinstance(c, Synthesise)]
+
+    def rest_of_round(number: int) -> None:
+        for site in "abc":
+            story.report(site, number)
+        story.follow(world())
+        story.aggregate("abc", round_number=number)
+        story.evaluate("abc", number)
+        story.follow(world())
+
+    story.follow(world())
+    assert synthesis() == []  # there is no model yet that a round has made
+    rest_of_round(1)
+    assert story.state.stage is Stage.TRAINING
+    first = story.state.released
+    assert synthesis() == [Synthesise(2, first, None, None)]
+    # The sites may well be faster: the round then waits for the impressions.
+    rest_of_round(2)
+    assert story.state.finished == 1
+    assert synthesis() == [Synthesise(2, first, None, None)]
+    story.tell(ev.SynthesisFinished(at=4, round=2, impressions="i1", made=8))
+    assert story.follow(world()) == ["round_finished", "round_opened"]
+    assert story.state.records[1].impressions_digest == "i1"
+    assert all(c.impressions == "i1" for c in work(story.state) if isinstance(c, Train))
+    assert synthesis() == [Synthesise(3, story.state.released, "i1", first)]
+
+
+def test_impressions_made_beside_an_attempt_that_failed_serve_its_repetition() -> None:
+    plan = make_plan(rounds=9, strategy="fedimpres", synthesis={"warmup_rounds": 1, "images": 8})
+    story = Story(plan, synthesises=True)
+    story.state = replace(story.state, overlaps=True, finished=1, model="m1", released="m1")
+    story.follow(world())
+    story.tell(ev.SynthesisFinished(at=4, round=2, impressions="i1", made=8))
+    for site in "abc":
+        story.tell(ev.SiteLetGo(at=4, round=2, site=site, reason="lost"))
+    assert "round_opened" in story.follow(world())
+    assert story.state.attempts == 2
+    assert not any(isinstance(c, Synthesise) for c in work(story.state))
+    assert story.state.current is not None
+    assert story.state.current.new_impressions == "i1"
+
+
 def test_failed_synthesis_costs_the_impressions_and_not_the_round() -> None:
     plan = make_plan(strategy="fedimpres", synthesis={"warmup_rounds": 1, "images": 8})
     story = Story(plan, synthesises=True)
@@ -558,8 +606,8 @@ class RunMachine(RuleBasedStateMachine):
         self.try_event(ev.RunStarted(at=self.now, sites=SITES, synthesises=True))
         self.settle()
 
-    @rule()
-    def initialise(self) -> None:
+    @rule(overlaps=st.booleans())
+    def initialise(self, overlaps: bool) -> None:
         self.try_event(
             ev.RunInitialised(
                 at=self.now,
@@ -568,6 +616,7 @@ class RunMachine(RuleBasedStateMachine):
                 local_tensors=(),
                 objective="o",
                 objective_options_json="{}",
+                overlaps=overlaps,
             )
         )
         self.settle()
@@ -604,8 +653,7 @@ class RunMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(isinstance(c, Aggregate) for c in work(self.state)))
     @rule(refused=st.sets(st.sampled_from(SITES)), averaged=st.booleans(), keeps=st.booleans())
     def aggregate(self, refused: set[str], averaged: bool, keeps: bool) -> None:
-        (command,) = work(self.state)
-        assert isinstance(command, Aggregate)
+        (command,) = [c for c in work(self.state) if isinstance(c, Aggregate)]
         sites = [site for site, _, _ in command.updates]
         accepted = tuple(s for s in sites if s not in refused)
         rejected = {s: "no" for s in sites if s in refused}

@@ -398,7 +398,7 @@ def test_what_torch_raises_becomes_a_learning_error(device, monkeypatch):
 @pytest.mark.parametrize(
     ("warmup", "every", "expected"),
     [
-        ("auto", 1, [2, 3, 4, 5, 6, 7, 8, 9]),
+        ("auto", 1, [1, 2, 3, 4, 5, 6, 7, 8, 9]),
         (2, 4, [2, 6]),
         (0, 1, [1, 2, 3, 4, 5, 6, 7, 8, 9]),
         (3, 3, [3, 6, 9]),
