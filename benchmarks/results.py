@@ -174,7 +174,7 @@ class Climb:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.best: study.Document = dict(study.START)
+        self.best: study.Document = {}
         self._score = float("-inf")
         self._tried = self.best
 

@@ -58,28 +58,21 @@ def training(**values: Any) -> Document:
 GROUP_NORM: Document = {"model": {"norm": "group"}}
 ADJUSTED = options(logit_adjustment=1.0)
 SLOW, FAST = training(learning_rate=0.01), training(learning_rate=0.05)
-# Every method starts with the average over rounds: it calms all of them.
-START = options(ema=0.8)
+AVERAGED = options(ema=0.5)
 
 MOVES: Mapping[str, tuple[Document, ...]] = {
-    "fedavg": (SLOW, FAST, GROUP_NORM, options(ema=0.0), training(weight_decay=1e-3)),
-    "fedavg_uniform": (SLOW, FAST, GROUP_NORM, options(ema=0.0), training(weight_decay=1e-3)),
-    "fedlc": (SLOW, FAST, GROUP_NORM, options(tau=0.5), options(calibration="fourth_root")),
-    "fedopt": (
-        SLOW,
-        ADJUSTED,
-        GROUP_NORM,
-        options(beta1=0.5),
-        options(server_optimizer="adam", server_learning_rate=0.01),
-    ),
-    "fedprox": (SLOW, ADJUSTED, GROUP_NORM, options(mu=0.1), options(mu=0.001)),
-    "scaffold": (SLOW, FAST, ADJUSTED, GROUP_NORM, options(server_learning_rate=0.5)),
-    "fedntd": (SLOW, ADJUSTED, GROUP_NORM, options(beta=0.3), options(temperature=2.0)),
-    "moon": (SLOW, ADJUSTED, GROUP_NORM, options(mu=0.1), options(mu=5.0)),
-    "fedbn": (SLOW, FAST, ADJUSTED, options(ema=0.0), training(weight_decay=1e-3)),
-    "vhl": (SLOW, ADJUSTED, GROUP_NORM, options(alignment=0.2), options(virtual_weight=0.3)),
-    "fedimpres_paper": (SLOW, GROUP_NORM, options(impression_weight=0.5), options(image_lr=10.0), options(ratio=0.5)),
-    "fedimpres": (SLOW, FAST, options(impression_weight=1.0), options(ratio=0.5), options(soft_weight=0.5)),
+    "fedavg": (SLOW, FAST, GROUP_NORM, AVERAGED, training(weight_decay=1e-3)),
+    "fedavg_uniform": (SLOW, FAST, GROUP_NORM, AVERAGED, training(weight_decay=1e-3)),
+    "fedlc": (SLOW, FAST, GROUP_NORM, AVERAGED, options(tau=0.5)),
+    "fedopt": (SLOW, ADJUSTED, GROUP_NORM, AVERAGED, options(beta1=0.5)),
+    "fedprox": (SLOW, ADJUSTED, GROUP_NORM, AVERAGED, options(mu=0.1)),
+    "scaffold": (SLOW, ADJUSTED, GROUP_NORM, AVERAGED, options(server_learning_rate=0.5)),
+    "fedntd": (SLOW, ADJUSTED, GROUP_NORM, AVERAGED, options(beta=0.3)),
+    "moon": (SLOW, ADJUSTED, GROUP_NORM, AVERAGED, options(mu=0.1)),
+    "fedbn": (SLOW, FAST, ADJUSTED, AVERAGED, training(weight_decay=1e-3)),
+    "vhl": (SLOW, ADJUSTED, GROUP_NORM, AVERAGED, options(virtual_weight=0.3)),
+    "fedimpres_paper": (SLOW, GROUP_NORM, AVERAGED, options(impression_weight=0.5), options(ratio=0.5)),
+    "fedimpres": (SLOW, FAST, AVERAGED, options(ratio=0.5), options(contrast_weight=0.3)),
 }
 STRATEGIES = tuple(MOVES)
 
@@ -112,5 +105,6 @@ ABLATIONS: Mapping[str, Document] = {
     "synthesis every 3rd round": {"synthesis": {"every_rounds": 3}},
     "impressions drawn alike": options(sampling="uniform"),
     "no logit adjustment": options(logit_adjustment=0.0),
-    "no average over rounds": options(ema=0.0),
+    "average over rounds": AVERAGED,
+    "not overlapped": options(overlap=False),
 }
