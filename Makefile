@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 OUT    ?= demo-out
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format protos bench clean
+.PHONY: help install demo test check format protos bench results results-quick clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -40,6 +40,12 @@ protos: $(STAMP)  ## regenerate fedcore/v1 from protos/
 
 bench: $(STAMP)  ## the benchmarks, one JSON object each
 	$(BIN)/python benchmarks/round.py --sites 4 --params 11700000 --rounds 5
+
+results: $(STAMP)  ## every run behind docs/results.md that is still missing, then the page (hours; resumable)
+	$(BIN)/python benchmarks/results.py tune main ablations full page
+
+results-quick: $(STAMP)  ## a corner of docs/results.md again, held against what is stored (15 minutes)
+	$(BIN)/python benchmarks/results.py quick
 
 clean:  ## remove what the targets above made
 	rm -rf $(VENV) $(OUT) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import study
+
 from fedsim.plots import write_curves
 from fedsim.protocol import stored_settings
 from fedsim.statistics import Estimate, estimate, paired_difference, settings_of
@@ -15,6 +16,16 @@ from fedsim.tables import NOTE, body_of, head_of, table
 
 Line = Mapping[str, Any]
 Row = Mapping[str, Any]
+HEAD = """# Results
+
+Made by `make results` from the {runs} runs in [results/runs.jsonl](results/runs.jsonl) ({hours:.1f} core hours); one row
+a run in [results.json](results.json). `fedsim compare` makes any row again, with the stored tuned settings.
+
+Data: rebuilt BloodMNIST, own split (8 sites, Dirichlet label skew); WBC, four real sites, four classes, the large one
+capped. Model `cnn`; training in bf16 and scoring in fp32 on the CPU. *small*: 3,000 training images, 20 rounds of 3
+epochs, batch 32. *full*: all images, 40 rounds of 2 epochs, batch 64. SGD with momentum 0.9 and a constant rate. Six
+tuning trials a method on seed 100, chosen by validation accuracy; the test set chooses nothing.
+"""
 OURS, BASELINE, WITHOUT_IMPRESSIONS = "fedimpres", "fedavg", "fedlc"
 JSON_KEYS = (
     "profile", "dataset", "alpha", "model", "strategy", "ablation", "seed", "accuracy", "balanced_accuracy",
@@ -32,9 +43,12 @@ def write_pages(lines: Sequence[Line], docs: Path) -> None:
     (docs / "results.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     main = [line for line in kept if line["row"]["ablation"] is None]
     pictures = write_curves(settings_of(main), docs / "results") if main else []
-    text = "\n".join([*_head(lines), *_claims(main), *_tables(main, pictures), *_ablations(kept), *_tuning(lines)])
-    template = (docs / "results" / "notes.md").read_text(encoding="utf-8") if (docs / "results" / "notes.md").exists() else ""
-    (docs / "results.md").write_text(f"{text}\n{template}", encoding="utf-8")
+    text = "\n".join(
+        [*_head(lines), *_claims(main), *_tables(main, pictures), *_ablations(kept), *_tuning(lines)]
+    )
+    notes = docs / "results" / "notes.md"
+    ending = notes.read_text(encoding="utf-8") if notes.exists() else ""
+    (docs / "results.md").write_text(f"{text}\n{ending}", encoding="utf-8")
 
 
 def is_trial(line: Line) -> bool:
@@ -123,7 +137,15 @@ def _speed_claim(task: study.Task, main: Sequence[Line]) -> list[str]:
         return [task.name, text, WITHOUT_IMPRESSIONS, aim, "not run yet", "0", "–"]
     share = (sum(ours) / len(ours)) / (sum(without) / len(without))
     count = str(min(len(ours), len(without)))
-    return [task.name, text, WITHOUT_IMPRESSIONS, aim, f"{share:.2f}", count, "yes" if share <= 2 / 3 else "**no**"]
+    return [
+        task.name,
+        text,
+        WITHOUT_IMPRESSIONS,
+        aim,
+        f"{share:.2f}",
+        count,
+        "yes" if share <= 2 / 3 else "**no**",
+    ]
 
 
 def points(difference: Estimate) -> str:
@@ -131,20 +153,14 @@ def points(difference: Estimate) -> str:
     mean = 100 * difference.mean
     if difference.half_width is None:
         return f"{mean:+.1f}"
-    return f"{mean:+.1f} [{mean - 100 * difference.half_width:+.1f}, {mean + 100 * difference.half_width:+.1f}]"
+    return (
+        f"{mean:+.1f} [{mean - 100 * difference.half_width:+.1f}, {mean + 100 * difference.half_width:+.1f}]"
+    )
 
 
 def _head(lines: Sequence[Line]) -> list[str]:
     hours = math.fsum(line["seconds"] for line in lines) / 3600
-    return [
-        "# Results", "",
-        f"Made by `make results` from the {len(lines)} runs in [results/runs.jsonl](results/runs.jsonl) ({hours:.1f} core hours); "
-        "one row a run in [results.json](results.json). `fedsim compare` makes any row again, with the stored tuned settings.", "",
-        "Data: rebuilt BloodMNIST, own split (8 sites, Dirichlet label skew); WBC, four real sites, four classes, the large one "
-        "capped. Model `cnn`, torch on CPU, training in bf16 and scoring in fp32. *small*: 3,000 training images, 20 rounds x 3 "
-        "epochs, batch 32. *full*: all images, 40 rounds x 2 epochs, batch 64. Six tuning trials a method on seed 100, chosen by "
-        "validation accuracy; the test set chooses nothing.", "",
-    ]  # fmt: skip
+    return [HEAD.format(runs=len(lines), hours=hours)]
 
 
 def _tables(main: Sequence[Line], pictures: Sequence[Path]) -> list[str]:
@@ -163,7 +179,10 @@ def _ablations(kept: Sequence[Line]) -> list[str]:
     body = []
     for name in names:
         rows = [row for row in changed if row["ablation"] == name]
-        figures = [estimate(_known(rows, figure)) for figure in ("balanced_accuracy_last5", "forgetting", "seconds_per_round")]
+        figures = [
+            estimate(_known(rows, figure))
+            for figure in ("balanced_accuracy_last5", "forgetting", "seconds_per_round")
+        ]
         difference = paired_difference(rows, ours, "balanced_accuracy_last5")
         shown = [f"{found.mean:.3f}" if found else "–" for found in figures]
         body.append([name, str(len(rows)), shown[0], points(difference) if difference else "–", *shown[1:]])
@@ -184,7 +203,8 @@ def _tuning(lines: Sequence[Line]) -> list[str]:
                 if is_trial(line) and line["row"]["strategy"] == name and line["row"]["dataset"] == task.dataset
             ]  # fmt: skip
             figures = sorted(
-                (line["row"]["ablation"], sum(line["curves"]["validation_accuracy"][-5:]) / 5) for line in trials
+                (line["row"]["ablation"], sum(line["curves"]["validation_accuracy"][-5:]) / 5)
+                for line in trials
             )
             shown = " ".join(f"{figure:.3f}" for _, figure in figures)
             if trials:
