@@ -9,9 +9,15 @@ from pathlib import Path
 
 import structlog
 
+from fedagent.audit import SiteAudit, open_site_audit
 from fedagent.config import AgentConfig, AgentHome
 from fedagent.driver import AgentDriver
+from fedagent.gate import SiteGate
+from fedagent.policy import SitePolicy, load_policy
+from fedagent.renewal import Renewal
+from fedagent.status_file import StatusBoard
 from fedagent.tasks import Tasks
+from fedagent.throttle import throttle_of
 from fedagent.transfer import Transfers
 from fedcore import lifeline as lifelines
 from fedcore.artifact_store import ArtifactStore
@@ -22,6 +28,7 @@ from fedcore.credential import load_credential
 from fedcore.errors import ConfigError
 from fedcore.home_lock import HomeLock
 from fedcore.logs import configure_logs
+from fedcore.service_manager import ServiceManager
 
 log = structlog.get_logger(__name__)
 
@@ -32,9 +39,10 @@ def run(home: Path, data: Path | None, lifeline: int | None) -> int:
     if not places.credential.is_dir():
         raise ConfigError(f"{home} is not enrolled", hint="run `fedagent enroll` first")
     config = load_agent_config(places, data)
+    policy = load_policy(places.policy)
     configure_logs(config.log_level)
     with HomeLock(places.lock):
-        return asyncio.run(_serve(places, config, lifeline))
+        return asyncio.run(_serve(places, config, policy, lifeline))
 
 
 def load_agent_config(places: AgentHome, data: Path | None) -> AgentConfig:
@@ -45,31 +53,51 @@ def load_agent_config(places: AgentHome, data: Path | None) -> AgentConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"path": str(data.resolve())})})
 
 
-async def _serve(places: AgentHome, config: AgentConfig, lifeline: int | None) -> int:
+async def _serve(places: AgentHome, config: AgentConfig, policy: SitePolicy, lifeline: int | None) -> int:
     stop = asyncio.Event()
     stop_on_signals(stop.set, lifeline)
-    site = load_credential(places.credential, datetime.now(UTC)).subject.id
+    site = load_credential(places.credential, datetime.now(UTC), allow_expired=True).subject.id
     store = ArtifactStore(places.artifacts)
     threads = config.compute.threads
     environment = {"OMP_NUM_THREADS": str(threads)} if threads else {}
     compute = ComputeHost("fedagent.compute", environment=environment)
+    manager = ServiceManager.from_environment()
+    audit_file = open_site_audit(places.audit)
+    audit = SiteAudit(audit_file)
     driver = AgentDriver(
-        site, lambda: open_channel(places.credential, proxy=config.proxy), config.reconnect_max_s, threads
+        site,
+        lambda: open_channel(places.credential, proxy=config.proxy),
+        config.reconnect_max_s,
+        threads,
+        gate=SiteGate(places.paused, policy),
+        board=StatusBoard(places.status, site, manager.status),
+        audit=audit,
     )
-    transfers = Transfers(site, store, driver.stub)
-    tasks = Tasks(site, places, config, compute, store, transfers, driver.send)
+    transfers = Transfers(site, store, driver.stub, throttle_of(policy.bandwidth_mbit_s), audit=audit)
+    tasks = Tasks(site, places, config, compute, store, transfers, driver.send, policy)
     log.info("agent starts", site=site, home=str(places.root))
+    renewal = Renewal(places.credential, config.proxy, driver.certificates, driver.reconnect)
+    driver.when_asked_to_renew(renewal.hurry)
     serving = asyncio.create_task(driver.serve(tasks))
+    renewing = asyncio.create_task(renewal.serve())
     stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    failed = serving.done()
+    watchdog = asyncio.create_task(manager.watch(lambda: compute.stuck(manager.watchdog_s)))
+    # Ready without a connection: a site comes up, and is seen to, while the coordinator is away.
+    manager.ready()
+    await asyncio.wait({serving, renewing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    manager.stopping()
+    failed = serving.done() or renewing.done()
     serving.cancel()
+    renewing.cancel()
     stopping.cancel()
     try:
-        with contextlib.suppress(asyncio.CancelledError):
-            await serving
+        for work in (serving, renewing):
+            with contextlib.suppress(asyncio.CancelledError):
+                await work
     finally:
         await compute.close()
+        audit_file.close()
+        watchdog.cancel()
     log.info("agent stopped", site=site)
     return 1 if failed else 0
 

@@ -1,4 +1,4 @@
-"""`fedagent`: enrol a site, check its home, serve."""
+"""`fedagent`: enrol a site and serve. What the site's own people do with it is in site_commands."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from fedagent.audit_commands import audit_app
+from fedagent.site_commands import HomeOption, add_to
 from fedcore.program import run_program
 
 app = typer.Typer(
@@ -16,7 +18,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-HomeOption = Annotated[Path, typer.Option("--home", help="The agent's folder.", file_okay=False)]
+add_to(app)
+app.add_typer(audit_app, name="audit")
 
 
 @app.command("enroll")
@@ -62,25 +65,6 @@ def serve(
     from fedagent.app import run
 
     raise typer.Exit(run(home, data, lifeline))
-
-
-@app.command("check-config")
-def check_config(home: HomeOption) -> None:
-    """Check configuration and credential of a home, without connecting."""
-    from datetime import UTC, datetime
-
-    from fedagent.config import AgentConfig, AgentHome
-    from fedcore.config import load_config
-    from fedcore.credential import load_credential
-
-    paths = AgentHome(home)
-    config = load_config(paths.config, AgentConfig)
-    typer.echo(f"ok  {paths.config}: {config.data.kind} data at {config.data.path or '(given by --data)'}")
-    credential = load_credential(paths.credential, datetime.now(UTC))
-    typer.echo(
-        f"ok  {paths.credential}: {credential.subject.spiffe_id}, coordinator {credential.coordinator}, "
-        f"until {credential.certificate.not_valid_after_utc:%Y-%m-%d}"
-    )
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,13 @@ class AgentCompute:
         else:
             site, images = self._images.get(args["data"], request.plan, device)
             corrupt = site.corrupt_images
-            result = train(request, images, device, job)
+            pictures_of = partial(self._images.pictures, args["data"], request.plan, device)
+            checks = bool(args["check_impressions"])
+            result = train(request, images, device, job, pictures_of=pictures_of if checks else None)
         report = asdict(result)
         digest = report.pop("digest")
+        if result.impression_check is not None:
+            report["impression_check"] = result.impression_check.model_dump()
         report |= {"threads": device.threads, "device": device.kind, "corrupt_images": corrupt}
         return {"digest": digest, "report": report}
 

@@ -41,12 +41,20 @@ class PolicyConfig(ConfigSection):
     share_class_metrics: bool = False
 
 
+class PrivacyConfig(ConfigSection):
+    """How this site guards its images. Its own choice: no plan changes it."""
+
+    # Before training on impressions, compare them with this site's images and refuse those that come too near one.
+    check_impressions: bool = True
+
+
 class AgentConfig(ConfigSection):
     """agent.toml."""
 
     data: DataConfig = DataConfig()
     compute: ComputeConfig = ComputeConfig()
     policy: PolicyConfig = PolicyConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     # HTTP CONNECT proxy, "http://HOST:PORT"; the environment's is never used.
     proxy: str | None = None
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
@@ -83,6 +91,26 @@ class AgentHome:
     def local_state(self) -> Path:
         """What a strategy keeps at the site between rounds (FedBN's normalisation layers), a folder a run."""
         return self.root / "local"
+
+    @property
+    def policy(self) -> Path:
+        """policy.toml: what this site allows."""
+        return self.root / "policy.toml"
+
+    @property
+    def paused(self) -> Path:
+        """There while this site is paused."""
+        return self.root / "paused"
+
+    @property
+    def status(self) -> Path:
+        """What the running agent last said of itself."""
+        return self.root / "status.json"
+
+    @property
+    def audit(self) -> Path:
+        """The site's audit log."""
+        return self.root / "audit.db"
 
     @property
     def lock(self) -> Path:

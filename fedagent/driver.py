@@ -7,18 +7,21 @@ reconnects, and its result is delivered over whatever connection there is then.
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
 
 import structlog
 
 from fedagent import agent_machine as machine
 from fedagent.agent_machine import AgentState, Begin, Task, Withdraw
+from fedagent.audit import ControlBytes, SiteAudit
+from fedagent.gate import SiteGate
+from fedagent.status_file import StatusBoard
 from fedagent.tasks import Tasks
 from fedcore.errors import FedimpresError, UnreachableError
 from fedcore.protocol import PROTOCOL, SESSION_KEY
 from fedcore.status import from_rpc_error
 from fedcore.text import wire_text
-from fedcore.v1 import federation_pb2, federation_pb2_grpc
+from fedcore.v1 import certificates_pb2_grpc, federation_pb2, federation_pb2_grpc
 from fedcore.version import software_version
 
 # isort: split
@@ -27,6 +30,7 @@ import grpc
 _FIRST_BACKOFF_S = 0.5
 _STEADY_AFTER_S = 30.0
 _DESCRIBE_AGAIN_S = 60.0
+_GATE_LOOK_S = 0.5
 _OUTBOX_DEPTH = 256
 log = structlog.get_logger(__name__)
 
@@ -38,25 +42,53 @@ class AgentDriver:
     """The agent's control loop. `serve` runs until it is cancelled."""
 
     def __init__(
-        self, site: str, open_channel: Callable[[], Channel], max_backoff_s: float, threads: int
+        self,
+        site: str,
+        open_channel: Callable[[], Channel],
+        max_backoff_s: float,
+        threads: int,
+        gate: SiteGate | None = None,
+        board: StatusBoard | None = None,
+        *,
+        audit: SiteAudit,
     ) -> None:
         self._site = site
         self._open_channel = open_channel
         self._max_backoff_s = max_backoff_s
         self._threads = threads
+        self._gate = gate
+        self._board = board
+        self._audit = audit
         self._tasks: Tasks | None = None
-        self._capabilities = federation_pb2.Capabilities()
+        self._found = federation_pb2.Capabilities()
+        self._refusal = ""
         self._channel: Channel | None = None
         self._outbox: asyncio.Queue[federation_pb2.AgentMessage] = asyncio.Queue(_OUTBOX_DEPTH)
         self._state = AgentState()
         self._directives: dict[Task, Directive] = {}
         self._work: dict[Task, asyncio.Task[None]] = {}
+        self._renewed = asyncio.Event()
+        self._on_renewal_asked: Callable[[], None] = lambda: None
 
     def stub(self) -> "federation_pb2_grpc.FederationAsyncStub":
         """The Federation service over the present connection. Raises UnreachableError while there is none."""
         if self._channel is None:
             raise UnreachableError("not connected to the coordinator")
         return federation_pb2_grpc.FederationStub(self._channel)
+
+    def certificates(self) -> "certificates_pb2_grpc.CertificatesAsyncStub":
+        """The Certificates service, as `stub`."""
+        if self._channel is None:
+            raise UnreachableError("not connected to the coordinator")
+        return certificates_pb2_grpc.CertificatesStub(self._channel)
+
+    def when_asked_to_renew(self, renew: Callable[[], None]) -> None:
+        """Call `renew` when the coordinator asks for a renewal: the federation moves to another CA."""
+        self._on_renewal_asked = renew
+
+    def reconnect(self) -> None:
+        """Open the connection anew, at once: the credential was renewed. Tasks go on; transfers resume."""
+        self._renewed.set()
 
     def send(self, message: federation_pb2.AgentMessage) -> None:
         """Queue a message. While nobody reads, progress is dropped; results never are."""
@@ -69,13 +101,15 @@ class AgentDriver:
     async def serve(self, tasks: Tasks) -> None:
         """Connect, work, reconnect, until cancelled."""
         self._tasks = tasks
-        self._capabilities = await self._describe()
-        describer = asyncio.create_task(self._describe_again())
+        self._found = await self._describe()
+        await self._look_at_gate()
+        watchers = [asyncio.create_task(self._describe_again()), asyncio.create_task(self._watch_gate())]
         backoff_s = _FIRST_BACKOFF_S
         loop = asyncio.get_running_loop()
         try:
             while True:
                 began = loop.time()
+                self._renewed.clear()  # the channel opened now reads the newest credential
                 try:
                     await self._connect_once()
                     reason = "the coordinator ended the stream"
@@ -83,49 +117,82 @@ class AgentDriver:
                     reason = str(from_rpc_error(error, "coordinator"))
                 except FedimpresError as error:
                     reason = str(error)
+                if self._renewed.is_set():
+                    log.info("connecting with the renewed certificate", site=self._site)
+                    backoff_s = _FIRST_BACKOFF_S
+                    continue
                 if loop.time() - began > _STEADY_AFTER_S:
                     backoff_s = _FIRST_BACKOFF_S
                 wait_s = backoff_s * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
                 log.warning("not connected", site=self._site, reason=reason, again_in_s=round(wait_s, 1))
-                await asyncio.sleep(wait_s)
+                self._show(trouble=reason)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._renewed.wait(), wait_s)
                 backoff_s = min(2 * backoff_s, self._max_backoff_s)
         finally:
-            describer.cancel()
+            for watcher in watchers:
+                watcher.cancel()
             self._state = AgentState()  # so that what ends now begins nothing again
             for work in self._work.values():
                 work.cancel()
-            await asyncio.gather(describer, *self._work.values(), return_exceptions=True)
+            await asyncio.gather(*watchers, *self._work.values(), return_exceptions=True)
 
     async def _connect_once(self) -> None:
         async with self._open_channel() as channel:
             stub = federation_pb2_grpc.FederationStub(channel)
-            hello = federation_pb2.HelloRequest(protocol=PROTOCOL, capabilities=self._capabilities)
+            hello = federation_pb2.HelloRequest(protocol=PROTOCOL, capabilities=self._capabilities())
+            self._audit.introduce(hello)
             reply = await stub.Hello(hello)
+            await self._audit.greeted(hello, reply)
             log.info(
                 "connected", site=self._site, federation=reply.federation, coordinator=reply.software_version
             )
             self._channel = channel
+            self._show(connected=True, trouble="")
             # What was said to a connection that is gone is dropped: the coordinator asks again for what it still
             # wants. A queue of its own for each connection: the reader of a dead one takes one message more.
             outbox = self._outbox = asyncio.Queue(_OUTBOX_DEPTH)
+            told = ControlBytes()
             try:
                 stream = stub.Directives(
-                    self._messages(outbox, reply.heartbeat_interval_s),
+                    self._messages(outbox, reply.heartbeat_interval_s, told),
                     metadata=((SESSION_KEY, reply.session),),
                 )
-                async for directive in stream:
-                    self._obey(directive)
+                await self._read_until_renewed(stream)
             finally:
                 self._channel = None
+                self._show(connected=False)
+                await self._audit.disconnected(told)
+
+    async def _read_until_renewed(self, stream: AsyncIterable[Directive]) -> None:
+        """Obey what comes, until the stream ends or a renewed certificate asks for a new connection."""
+
+        async def read() -> None:
+            async for directive in stream:
+                self._obey(directive)
+
+        reading, renewed = asyncio.create_task(read()), asyncio.create_task(self._renewed.wait())
+        try:
+            await asyncio.wait({reading, renewed}, return_when=asyncio.FIRST_COMPLETED)
+            if reading.done():
+                reading.result()
+        finally:
+            reading.cancel()
+            renewed.cancel()
+            await asyncio.gather(reading, renewed, return_exceptions=True)
 
     async def _messages(
-        self, outbox: asyncio.Queue[federation_pb2.AgentMessage], heartbeat_s: float
+        self, outbox: asyncio.Queue[federation_pb2.AgentMessage], heartbeat_s: float, told: ControlBytes
     ) -> AsyncIterator[federation_pb2.AgentMessage]:
         while True:
             try:
-                yield await asyncio.wait_for(outbox.get(), heartbeat_s)
+                message = await asyncio.wait_for(outbox.get(), heartbeat_s)
             except TimeoutError:
-                yield federation_pb2.AgentMessage(heartbeat=federation_pb2.Heartbeat())
+                message = federation_pb2.AgentMessage(heartbeat=federation_pb2.Heartbeat())
+            if message.WhichOneof("message") == "evaluation":
+                await self._audit.figures(message.evaluation)
+            told.add(message.ByteSize())
+            yield message
 
     def _obey(self, directive: Directive) -> None:
         match directive.WhichOneof("directive"):
@@ -138,6 +205,9 @@ class AgentDriver:
                 self._step(*machine.stopped(self._state, directive.stop.run))
             case "ping":
                 self.send(federation_pb2.AgentMessage(pong=federation_pb2.Pong(nonce=directive.ping.nonce)))
+            case "renew_certificate":
+                log.info("asked to renew the certificate", site=self._site)
+                self._on_renewal_asked()
             case "drain":
                 log.info("the coordinator is about to stop", reason=directive.drain.reason)
             case _:
@@ -147,6 +217,9 @@ class AgentDriver:
         if not machine.is_run(task.run):
             log.error("directive refused: not a run's name", run=task.run[:200], kind=task.kind)
             self._fail(task, "the directive's run is not a run's name")
+            return
+        if self._refusal:
+            self._fail(task, self._refusal)
             return
         self._directives[task] = directive
         if task.kind == "train":
@@ -167,6 +240,7 @@ class AgentDriver:
         directive = self._directives.pop(task)
         completed = False
         log.info("task begins", run=task.run, round=task.round, kind=task.kind)
+        self._show(doing=f"{task.kind}, round {task.round} of run {task.run}")
         try:
             if task.kind == "train":
                 await self._tasks.train(directive.train)
@@ -180,6 +254,7 @@ class AgentDriver:
             completed = True
         finally:
             self._work.pop(task, None)
+            self._show(doing="")
             again = self._state.wanted == task and not completed
             if again:
                 self._directives.setdefault(task, directive)
@@ -198,13 +273,53 @@ class AgentDriver:
         capabilities.threads = capabilities.threads or self._threads
         return capabilities
 
+    def _capabilities(self) -> federation_pb2.Capabilities:
+        """What the coordinator is told: what was found here, and that no work is taken if none is."""
+        said = federation_pb2.Capabilities()
+        said.CopyFrom(self._found)
+        said.unavailable_reason = wire_text(self._refusal, 1000) or self._found.unavailable_reason
+        return said
+
     async def _describe_again(self) -> None:
         """While the site can take no work, look again from time to time, and tell when that has changed."""
         while True:
             await asyncio.sleep(_DESCRIBE_AGAIN_S)
-            if not self._capabilities.unavailable_reason:
+            if not self._found.unavailable_reason:
                 continue
-            self._capabilities = await self._describe()
-            if not self._capabilities.unavailable_reason:
-                with contextlib.suppress(UnreachableError):
-                    self.send(federation_pb2.AgentMessage(capabilities=self._capabilities))
+            self._found = await self._describe()
+            if not self._found.unavailable_reason:
+                self.send(federation_pb2.AgentMessage(capabilities=self._capabilities()))
+
+    async def _watch_gate(self) -> None:
+        while True:
+            await asyncio.sleep(_GATE_LOOK_S)
+            await self._look_at_gate()
+
+    async def _look_at_gate(self) -> None:
+        """Hold to what the site's own people say now: give up the work that they no longer want, and tell why."""
+        if self._gate is None:
+            return
+        found = self._found
+        refusal = self._gate.refusal(None if found.unavailable_reason else found.num_examples)
+        if refusal == self._refusal:
+            return
+        self._refusal = refusal
+        log.info("this site takes no work" if refusal else "this site takes work", reason=refusal)
+        self._show(refusal=refusal)
+        self.send(federation_pb2.AgentMessage(capabilities=self._capabilities()))
+        if refusal:
+            await self._give_up_work(refusal)
+
+    async def _give_up_work(self, reason: str) -> None:
+        tasks = {task for task in (self._state.working, self._state.wanted) if task is not None}
+        self._step(*machine.stopped(self._state, ""))
+        await asyncio.gather(*self._work.values(), return_exceptions=True)
+        for task in tasks:
+            self._directives.pop(task, None)
+            self._fail(task, reason)
+        assert self._tasks is not None
+        await self._tasks.release()
+
+    def _show(self, **changes: object) -> None:
+        if self._board is not None:
+            self._board.update(**changes)

@@ -48,6 +48,10 @@ threads = 0              # 0: PyTorch's choice
 [policy]
 # Counts per class of held-out images would tell the coordinator this site's class histogram.
 share_class_metrics = false
+
+[privacy]
+# Compare impressions with this site's images, and refuse those that come too near one (docs/privacy.md).
+check_impressions = true
 """
 
 
@@ -92,14 +96,16 @@ def enroll(
     try:
         key = new_key()
         reply = _ask(join_address(host, parsed.port), parsed, key, proxy)
-        chain = _checked_chain(reply, parsed, key, root)
+        roots = _roots(reply, root)
+        chain = _checked_chain(reply, parsed, key, roots)
         write_credential(
             paths.credential,
             coordinator=coordinator.strip(),
             subject=Subject(reply.federation, "site", reply.site),
             key=key,
             chain=chain,
-            root=root,
+            roots=roots,
+            enroll_port=parsed.port,
             replace=force,
         )
     except BaseException:
@@ -138,13 +144,25 @@ def _ask(
             raise from_rpc_error(error, f"enrolment at {address}") from error
 
 
+def _roots(reply: enrollment_pb2.EnrollReply, pinned: x509.Certificate) -> list[x509.Certificate]:
+    """The roots to trust: the pinned one alone, or with the new one that the federation moves to.
+
+    Whoever answers has proved to be below the pinned root, so what it vouches for is as good. Raises IdentityError if
+    the pinned root is not among them.
+    """
+    roots = certificates_from_pem(reply.ca_pem.encode(), "roots sent by the coordinator")
+    if pinned not in roots:
+        raise IdentityError("the coordinator sent roots without the one that is pinned")
+    return roots
+
+
 def _checked_chain(
     reply: enrollment_pb2.EnrollReply,
     token: EnrollmentToken,
     key: ec.EllipticCurvePrivateKey,
-    root: x509.Certificate,
+    roots: list[x509.Certificate],
 ) -> list[x509.Certificate]:
-    """The reply's certificates, if they are of this key, this site and the pinned root, and valid now."""
+    """The reply's certificates, if they are of this key, this site and the roots, and valid now."""
     if reply.site != token.site:
         raise IdentityError(
             f"the coordinator enrolled {reply.site!r:.80}, but the token is for {token.site!r}"
@@ -153,7 +171,7 @@ def _checked_chain(
         raise ProtocolError(f"the coordinator calls its federation {reply.federation!r:.80}: no name")
     who = f"certificate issued to {token.site}"
     chain = certificates_from_pem(reply.certificate_chain_pem.encode(), who)
-    check_issued(chain, root, key, Subject(reply.federation, "site", reply.site), who)
+    check_issued(chain, roots, key, Subject(reply.federation, "site", reply.site), who)
     check_validity(chain[0].not_valid_before_utc, chain[0].not_valid_after_utc, datetime.now(UTC), who)
     return chain
 

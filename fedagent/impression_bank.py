@@ -52,6 +52,14 @@ class ResidentBank:
         """Number of impressions."""
         return len(self.images)
 
+    def chosen(self, indices_B: Tensor) -> Self:
+        """Only the impressions at these indices (on the CPU)."""
+        where = indices_B.to(self.images.device)
+        return type(self)(
+            self.images.chosen(indices_B),
+            {name: tensor.index_select(0, where) for name, tensor in self.extras.items()},
+        )
+
     def take(self, indices_B: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Pixels, labels and extras at these indices (on the CPU), on the device."""
         pixels, labels = self.images.take(indices_B)

@@ -68,6 +68,13 @@ class ResidentImages:
         """Number of images."""
         return len(self.labels)
 
+    def chosen(self, indices_B: Tensor) -> Self:
+        """Only the images at these indices (on the CPU), where they are."""
+        images = self.images.index_select(0, indices_B.to(self.images.device))
+        if self.images.is_pinned():
+            images = images.pin_memory()
+        return type(self)(images, self.labels.index_select(0, indices_B.to(self.device)), self.device)
+
     def take(self, indices_B: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [B, C, H, W] uint8 and labels [B] at these indices (on the CPU), on the device."""
         images = self.images

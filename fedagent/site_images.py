@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedagent.config import DataConfig
+from fedagent.image_distance import Tick
+from fedagent.impression_check import SitePictures
 from fedagent.resident import ResidentImages
 from fedcore.data import DatasetReader, SiteData, open_dataset
 from fedcore.device import ComputeDevice
@@ -26,11 +28,13 @@ def open_site_dataset(data: Mapping[str, Any]) -> DatasetReader:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Loaded:
     key: str
     data: SiteData
     train: ResidentImages
+    # Made when they are first asked for.
+    pictures: SitePictures | None = None
 
 
 class SiteImages:
@@ -62,3 +66,13 @@ class SiteImages:
             site = open_site_dataset(data).read(plan)
             self._loaded = _Loaded(key, site, ResidentImages.of(site.train, device))
         return self._loaded.data, self._loaded.train
+
+    def pictures(
+        self, data: Mapping[str, Any], plan: Plan, device: ComputeDevice, tick: Tick
+    ) -> SitePictures:
+        """What impressions are compared with, made once and kept with the images. Raises what `get` and `tick` raise."""
+        site, train = self.get(data, plan, device)
+        assert self._loaded is not None
+        if self._loaded.pictures is None:
+            self._loaded.pictures = SitePictures.of(train, (site.validation, site.test), tick)
+        return self._loaded.pictures

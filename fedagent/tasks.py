@@ -1,5 +1,6 @@
 """Performs the tasks that the coordinator asks for: fetch, train, deliver; or fetch, evaluate, report."""
 
+import asyncio
 import contextlib
 import json
 import shutil
@@ -10,11 +11,20 @@ from typing import Any
 import structlog
 
 from fedagent.agent_machine import is_run
+from fedagent.audit import Purpose
 from fedagent.config import AgentConfig, AgentHome
+from fedagent.policy import SitePolicy, refusal_of_task
 from fedagent.transfer import Transfers, load_record, save_record
 from fedcore.artifact_store import ArtifactStore
 from fedcore.compute_host import ComputeHost
-from fedcore.errors import DigestMismatchError, FedimpresError, ProtocolError, StorageError
+from fedcore.errors import (
+    DigestMismatchError,
+    FedimpresError,
+    PermissionDeniedError,
+    ProtocolError,
+    StorageError,
+)
+from fedcore.impression_check import ImpressionCheck
 from fedcore.text import wire_text
 from fedcore.v1 import federation_pb2
 
@@ -24,7 +34,10 @@ log = structlog.get_logger(__name__)
 
 
 class Tasks:
-    """Turns one directive into work and its result. `send` queues a message for the coordinator."""
+    """Turns one directive into work and its result, unless the site's policy forbids it.
+
+    `send` queues a message for the coordinator.
+    """
 
     def __init__(
         self,
@@ -35,12 +48,15 @@ class Tasks:
         store: ArtifactStore,
         transfers: Transfers,
         send: Send,
+        policy: SitePolicy | None = None,
     ) -> None:
         self._site = site
+        self._policy = policy or SitePolicy()
         self._home = home
         self._data = config.data.model_dump(mode="json")
         self._compute_config = config.compute.model_dump(mode="json")
         self._share_class_metrics = config.policy.share_class_metrics
+        self._check_impressions = config.privacy.check_impressions
         self._compute = compute
         self._store = store
         self._transfers = transfers
@@ -71,6 +87,9 @@ class Tasks:
     async def train(self, task: federation_pb2.TrainTask) -> None:
         """Train and deliver. Whatever goes wrong is told to the coordinator."""
         try:
+            self._check_allowed(
+                task.plan_json, objective=task.objective, has_impressions=task.HasField("impressions")
+            )
             self._forget_other_runs(task.run)
             for attempt in range(1, _TRAIN_ATTEMPTS + 1):
                 try:
@@ -90,9 +109,14 @@ class Tasks:
     async def evaluate(self, task: federation_pb2.EvaluateTask) -> None:
         """Evaluate and report. Whatever goes wrong is told to the coordinator."""
         try:
+            self._check_allowed(task.plan_json, objective=None, has_impressions=False)
             self._forget_other_runs(task.run)
-            model = await self._transfers.fetch(task.model, self._reporter(task.run, task.round, "fetching"))
-            result = await self._compute.run(
+            model = await self._transfers.fetch(
+                task.model,
+                self._reporter(task.run, task.round, "fetching"),
+                Purpose("model", task.run, task.round),
+            )
+            result = await self._compute_within_hours(
                 "evaluate",
                 {
                     **self._common(task.plan_json, task.run),
@@ -134,19 +158,21 @@ class Tasks:
     async def _train(self, task: federation_pb2.TrainTask) -> dict[str, Any]:
         moved = self._reporter(task.run, task.round, "fetching")
         needed = {task.model.digest}
-        model = await self._transfers.fetch(task.model, moved)
+        model = await self._transfers.fetch(task.model, moved, Purpose("model", task.run, task.round))
         impressions = None
         if task.HasField("impressions"):
             needed.add(task.impressions.digest)
-            impressions = str(await self._transfers.fetch(task.impressions, moved))
+            purpose = Purpose("impressions", task.run, task.round)
+            impressions = str(await self._transfers.fetch(task.impressions, moved, purpose))
         strategy_state = None
         if task.HasField("strategy_state"):
             needed.add(task.strategy_state.digest)
-            strategy_state = str(await self._transfers.fetch(task.strategy_state, moved))
+            purpose = Purpose("strategy state", task.run, task.round)
+            strategy_state = str(await self._transfers.fetch(task.strategy_state, moved, purpose))
         self._transfers.forget_all_but(needed)
         out = self._store.new_path()
         try:
-            result = await self._compute.run(
+            result = await self._compute_within_hours(
                 "train",
                 {
                     **self._common(task.plan_json, task.run),
@@ -157,14 +183,43 @@ class Tasks:
                     "objective": task.objective,
                     "objective_options": _json_object(task.objective_options_json),
                     "local_tensors": list(task.local_tensors),
+                    "check_impressions": self._check_impressions,
                     "out": str(out),
                 },
                 self._forward(task.run, task.round),
             )
             self._store.adopt(out, result["digest"], durable=False)
+            _log_check(task.run, task.round, result["report"].get("impression_check"))
         finally:
             out.unlink(missing_ok=True)
         return result
+
+    def _check_allowed(self, plan_json: str, *, objective: str | None, has_impressions: bool) -> None:
+        """Raise PermissionDeniedError with the reason if this site's policy forbids a task."""
+        reason = refusal_of_task(
+            self._policy, plan_json, objective=objective, has_impressions=has_impressions
+        )
+        if reason:
+            raise PermissionDeniedError(reason)
+
+    async def _compute_within_hours(
+        self, command: str, args: dict[str, Any], forward: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        """Withdraw the computation that runs longer than the policy allows, with PermissionDeniedError."""
+        hours = self._policy.max_hours_per_round
+        try:
+            async with asyncio.timeout(None if hours is None else hours * 3600) as limit:
+                return await self._compute.run(command, args, forward)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise PermissionDeniedError(
+                f"refuses: policy allows at most {hours:g} hours a round, and they are over"
+            ) from error
+
+    async def release(self) -> None:
+        """Give back memory and device; the next task takes them again. Call while no task is in progress."""
+        await self._compute.close()
 
     def _common(self, plan_json: str, run: str) -> dict[str, Any]:
         state = self._home.local_state / run
@@ -229,6 +284,18 @@ class Tasks:
         inputs = {task.model.digest, task.impressions.digest, task.strategy_state.digest}
         if record is not None and record["digest"] not in inputs:
             self._store.delete(record["digest"])
+
+
+def _log_check(run: str, round_number: int, found: dict[str, Any] | None) -> None:
+    """Say at the site what its check of the impressions found."""
+    if found is None:
+        return
+    check = ImpressionCheck.model_validate(found)
+    if check.num_refused:
+        what = "impressions refused" if check.num_trained else "all impressions refused, trained without any"
+        log.warning(what, run=run, round=round_number, reason=check.reason)
+    else:
+        log.info("impressions checked", run=run, round=round_number, number=check.num_checked)
 
 
 def _json_object(text: str) -> dict[str, Any]:

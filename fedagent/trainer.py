@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedagent.bank_check import PicturesOf, checked
 from fedagent.batches import EpochOrder, ImpressionSampler, impressions_in_batch
 from fedagent.impression_bank import ResidentBank
 from fedagent.local_state import LocalState
@@ -26,6 +27,7 @@ from fedcore.compute_worker import Job
 from fedcore.data import transforms
 from fedcore.device import ComputeDevice
 from fedcore.errors import DataError, LearningError, TensorMismatchError
+from fedcore.impression_check import ImpressionCheck
 from fedcore.models import build_model
 from fedcore.models.base import FederatedModel
 from fedcore.models.state_file import load_tensors, save_state, specs_of
@@ -80,11 +82,23 @@ class TrainResult:
     train_loss: float
     num_impressions: int
     seconds: float
+    # What the site's check of the impressions found; None if none came, or the check is off.
+    impression_check: ImpressionCheck | None = None
 
 
-def train(request: TrainRequest, images: ResidentImages, device: ComputeDevice, job: Job) -> TrainResult:
+def train(
+    request: TrainRequest,
+    images: ResidentImages,
+    device: ComputeDevice,
+    job: Job,
+    *,
+    pictures_of: PicturesOf | None = None,
+) -> TrainResult:
     """Train for a round and write the update to `request.out`: the model's tensors less the local ones, and what
     the objective adds.
+
+    With `pictures_of`, which gives what `images` are compared by, impressions that come too near an image are not
+    trained on; if all do, the round goes on as one without impressions. A check that refuses none changes no bit.
 
     Ends within a batch when the job is cancelled; nothing is then kept. Raises DataError if there is no
     image, LearningError if the loss or a weight stops being finite, TensorMismatchError if the global model
@@ -105,6 +119,9 @@ def train(request: TrainRequest, images: ResidentImages, device: ComputeDevice, 
     before = local.before(request.round)
     start = starting_state(request.model, request.local_tensors, before)
     model = load_model(request.plan, start, device, request.who).train()
+    figures = None
+    if bank is not None and pictures_of is not None:
+        bank, figures = checked(bank, images, model, request.plan, device, pictures_of=pictures_of, job=job)
     context = LocalContext(
         site=request.site,
         run=request.run,
@@ -137,6 +154,7 @@ def train(request: TrainRequest, images: ResidentImages, device: ComputeDevice, 
         train_loss=loop.last_epoch_loss(),
         num_impressions=loop.num_impressions,
         seconds=time.monotonic() - began,
+        impression_check=figures,
     )
 
 

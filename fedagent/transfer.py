@@ -9,8 +9,11 @@ from typing import Any, TypeVar
 
 import structlog
 
+from fedagent.audit import Purpose, SiteAudit
+from fedagent.throttle import Throttle
 from fedcore import tls as _tls  # noqa: F401 - before grpc
 from fedcore.artifact_store import ArtifactStore
+from fedcore.audit import OK
 from fedcore.errors import (
     CallTimeoutError,
     ConflictError,
@@ -41,19 +44,30 @@ log = structlog.get_logger(__name__)
 
 
 class Transfers:
-    """Fetches into and delivers from the agent's artifact store. `stub` gives the present connection."""
+    """Fetches into and delivers from the agent's artifact store, no faster than `throttle` allows.
+
+    `stub` gives the present connection.
+    """
 
     def __init__(
-        self, site: str, store: ArtifactStore, stub: "Callable[[], federation_pb2_grpc.FederationAsyncStub]"
+        self,
+        site: str,
+        store: ArtifactStore,
+        stub: "Callable[[], federation_pb2_grpc.FederationAsyncStub]",
+        throttle: Throttle | None = None,
+        *,
+        audit: SiteAudit,
     ) -> None:
         self._site = site
         self._store = store
         self._stub = stub
+        self._throttle = throttle or Throttle(None)
+        self._audit = audit
         self._verified: set[str] = set()
         self._partial = store.root / "partial"
         self._partial.mkdir(exist_ok=True)
 
-    async def fetch(self, ref: tensor_pb2.ArtifactRef, moved: Moved) -> Path:
+    async def fetch(self, ref: tensor_pb2.ArtifactRef, moved: Moved, purpose: Purpose) -> Path:
         """Have an artifact here, fetching what is missing of it. `moved(done, total)` reports bytes.
 
         Raises TransferError for an artifact that is not what its reference says, NotFoundError if it is gone.
@@ -64,7 +78,9 @@ class Transfers:
                 return self._store.path(ref.digest)
             log.warning("cached artifact is damaged, fetching it again", digest=ref.digest)
             self._store.delete(ref.digest)
-        return await self._insist(lambda: self._fetch_once(ref, moved), "fetch")
+        path = await self._insist(lambda: self._fetch_once(ref, moved), "fetch")
+        await self._audit.arrived(ref.digest, ref.payload_bytes, purpose)
+        return path
 
     async def deliver(
         self, key: federation_pb2.DeliveryKey, path: Path, report: dict[str, Any], moved: Moved
@@ -123,6 +139,7 @@ class Transfers:
                     continue
                 await asyncio.to_thread(sink.write, part.chunk.offset, part.chunk.data)
                 moved(sink.offset, ref.payload_bytes)
+                await self._throttle.passed(len(part.chunk.data))
             if sink is None:
                 raise TruncatedStreamError(f"{self._site}: artifact stream ended before its manifest")
             await asyncio.to_thread(sink.finish)
@@ -158,8 +175,10 @@ class Transfers:
             report=federation_pb2.UpdateReport(**report),
             offset=known.offset,
         )
+        sent = 0
 
         async def parts() -> AsyncIterator[federation_pb2.DeliverPart]:
+            nonlocal sent
             yield federation_pb2.DeliverPart(header=header)
             offset = known.offset
             chunks = read_payload(path, start, offset)
@@ -167,11 +186,19 @@ class Transfers:
                 # Filled in place: a chunk given to the constructor would be copied once more.
                 part = federation_pb2.DeliverPart()
                 part.chunk.offset, part.chunk.data = offset, data
+                await self._throttle.passed(len(data))
+                sent += len(data)
                 yield part
                 offset += len(data)
                 moved(offset, manifest.payload_bytes)
 
-        reply = await stub.Deliver(parts())
+        result, purpose = "cut", Purpose("update", key.run, key.round)
+        await self._audit.sending(key.digest, manifest.payload_bytes, known.offset, purpose)
+        try:
+            reply = await stub.Deliver(parts())
+            result = OK
+        finally:
+            await self._audit.sent(key.digest, sent, result, purpose)
         return reply.outcome
 
 

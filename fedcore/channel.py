@@ -6,10 +6,11 @@ deadline and only idempotent calls are retried (exponential backoff, jittered by
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from fedcore import tls
@@ -72,6 +73,13 @@ CALLS: dict[str, CallPolicy] = {
     "/fedcore.v1.Federation/DeliveryOffset": _QUICK,
     "/fedcore.v1.Federation/Deliver": _TRANSFER,
     "/fedcore.v1.Enrollment/Enroll": CallPolicy(30.0),
+    "/fedcore.v1.Enrollment/RenewEnded": CallPolicy(30.0),
+    # An answer that gets lost leaves a certificate that nobody has; asking again makes another.
+    "/fedcore.v1.Certificates/Renew": CallPolicy(30.0, idempotent=True),
+    "/fedcore.v1.Certificates/ListCertificates": CallPolicy(30.0, idempotent=True),
+    "/fedcore.v1.Certificates/RevokeCertificates": _QUICK,
+    "/fedcore.v1.Certificates/GetAuthority": _QUICK,
+    "/fedcore.v1.Certificates/RotateAuthority": CallPolicy(30.0),
     "/fedcore.v1.Admin/WhoAmI": _QUICK,
     "/fedcore.v1.Admin/GetStatus": _QUICK,
     "/fedcore.v1.Admin/CreateToken": _QUICK_ONCE,
@@ -88,6 +96,11 @@ CALLS: dict[str, CallPolicy] = {
     "/fedcore.v1.Admin/ListModels": CallPolicy(30.0, idempotent=True),
     "/fedcore.v1.Admin/Download": _TRANSFER,
     "/fedcore.v1.Admin/UploadModel": _TRANSFER,
+    "/fedcore.v1.Audit/ReadAudit": _WATCH,
+    "/fedcore.v1.Access/GrantRole": _QUICK,
+    "/fedcore.v1.Access/RevokeRole": _QUICK,
+    "/fedcore.v1.Access/ListRoles": _QUICK,
+    "/fedcore.v1.Access/CanI": _QUICK,
     "/grpc.health.v1.Health/Check": _QUICK,
     "/grpc.health.v1.Health/List": _QUICK,
     "/grpc.health.v1.Health/Watch": _WATCH,
@@ -183,6 +196,36 @@ def server_credentials(credential: Credential, *, require_client_certificate: bo
     if require_client_certificate:
         return grpc.ssl_server_credentials([pair], credential.ca_pem, require_client_auth=True)
     return grpc.ssl_server_credentials([pair])
+
+
+def renewable_server_credentials(
+    current: Callable[[], Credential], *, require_client_certificate: bool
+) -> grpc.ServerCredentials:
+    """TLS 1.3 for a port, with the credential that `current()` gives at each handshake: one that was renewed is
+    served without a restart, and open connections go on. `current` is called in gRPC's threads.
+
+    Raises InternalError if this process could still speak TLS 1.2.
+    """
+    if not tls.is_enforced():
+        raise InternalError("grpc was imported before fedcore.tls: TLS 1.2 would be accepted")
+
+    def configuration(credential: Credential) -> grpc.ServerCertificateConfiguration:
+        roots = credential.ca_pem if require_client_certificate else None
+        return grpc.ssl_server_certificate_configuration([(credential.key_pem, credential.chain_pem)], roots)
+
+    served = current()
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal served
+        newest = current()
+        if newest is served:
+            return None
+        served = newest
+        return configuration(newest)
+
+    # The stubs don't know that None means: as before.
+    fetcher = cast(Callable[[], grpc.ServerCertificateConfiguration], fetch)
+    return grpc.dynamic_ssl_server_credentials(configuration(served), fetcher, require_client_certificate)
 
 
 def _client_credentials(credential: Credential) -> grpc.ChannelCredentials:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,11 +39,23 @@ class ComputeHost:
         self._stderr_done: asyncio.Task[None] | None = None
         self._next_id = 0
         self.busy_with: str | None = None
+        self._heard_at = 0.0
 
     @property
     def pid(self) -> int | None:
         """Process id of the compute process, None while there is none."""
         return self._process.pid if self._process and self._process.returncode is None else None
+
+    def silent_s(self) -> float:
+        """Seconds since the process last gave a sign of life; 0 while it has no command."""
+        return time.monotonic() - self._heard_at if self.busy_with is not None else 0.0
+
+    def stuck(self, limit_s: float | None) -> str:
+        """In words, that the process has been silent during a command for more than `limit_s` seconds; empty if not."""
+        silent_s = self.silent_s()
+        if limit_s is None or silent_s <= limit_s:
+            return ""
+        return f"the compute process has been silent for {silent_s:.0f} s during '{self.busy_with}'"
 
     async def run(
         self, command: str, args: Mapping[str, Any], on_progress: Progress | None = None
@@ -57,6 +70,7 @@ class ComputeHost:
             self._next_id += 1
             job_id = self._next_id
             self.busy_with = command
+            self._heard_at = time.monotonic()
             try:
                 return await self._perform(process, job_id, command, args, on_progress)
             except asyncio.CancelledError:
@@ -115,7 +129,7 @@ class ComputeHost:
             await _send(process, {"id": job_id, "command": command, "args": dict(args)})
         while True:
             try:
-                message = await _receive(process, job_id)
+                message = await self._receive(process, job_id)
             except ValueError as broken:
                 await self._kill(process)
                 raise ComputeError(
@@ -159,11 +173,28 @@ class ComputeHost:
             await _send(process, {"cancel": job_id})
             async with asyncio.timeout(_CANCEL_GRACE_S):
                 while True:
-                    message = await _receive(process, job_id)
+                    message = await self._receive(process, job_id)
                     if message is None or "progress" not in message:
                         return
         except (TimeoutError, ConnectionError, ValueError):
             await self._kill(process)
+
+    async def _receive(self, process: asyncio.subprocess.Process, job_id: int) -> dict[str, Any] | None:
+        """The next message of the job; beats and answers to withdrawn jobs are skipped. None at the end of the stream.
+
+        Raises ValueError for a line that is no message.
+        """
+        assert process.stdout is not None
+        while line := await process.stdout.readline():
+            if not line.endswith(b"\n"):
+                return None  # died in the middle of a line
+            message = json.loads(line)
+            if not isinstance(message, dict) or not {"progress", "error", "result", "beat"} & message.keys():
+                raise ValueError(f"{line[:80]!r} is no message")
+            self._heard_at = time.monotonic()
+            if message.get("id") == job_id and "beat" not in message:
+                return message
+        return None
 
     async def _kill(self, process: asyncio.subprocess.Process) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -175,20 +206,3 @@ async def _send(process: asyncio.subprocess.Process, message: Mapping[str, Any])
     assert process.stdin is not None
     process.stdin.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
     await process.stdin.drain()
-
-
-async def _receive(process: asyncio.subprocess.Process, job_id: int) -> dict[str, Any] | None:
-    """The next message of the job; answers to withdrawn jobs are skipped. None at the end of the stream.
-
-    Raises ValueError for a line that is no message.
-    """
-    assert process.stdout is not None
-    while line := await process.stdout.readline():
-        if not line.endswith(b"\n"):
-            return None  # died in the middle of a line
-        message = json.loads(line)
-        if not isinstance(message, dict) or not {"progress", "error", "result"} & message.keys():
-            raise ValueError(f"{line[:80]!r} is no message")
-        if message.get("id") == job_id:
-            return message
-    return None

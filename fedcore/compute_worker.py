@@ -1,8 +1,10 @@
 """The child's side of a compute process: one JSON command a line in, JSON lines out.
 
 in:  {"id": 1, "command": "train", "args": {...}}   or   {"cancel": 1}
-out: {"id": 1, "progress": {...}}*  then  {"id": 1, "result": {...}}  or  {"id": 1, "error": {code, message, hint}}
+out: {"id": 1, "progress": {...}}  or  {"id": 1, "beat": true}, any number of them, then
+     {"id": 1, "result": {...}}  or  {"id": 1, "error": {code, message, hint}}
 
+A beat says every few seconds that the process lives, however long a command computes without progress to tell.
 The end of stdin ends the process at once, whatever it computes: nothing outlives its parent. Whatever libraries
 print to stdout goes to stderr, so that it can't break the protocol.
 """
@@ -12,11 +14,14 @@ import os
 import queue
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from fedcore.errors import FedimpresError, InternalError
+
+BEAT_S = 5.0
 
 
 class Cancelled(Exception):  # noqa: N818 - an interruption, not an error
@@ -55,6 +60,7 @@ def serve(handlers: Mapping[str, Handler]) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     worker = _Worker(handlers, out)
     threading.Thread(target=worker.read_commands, args=(sys.stdin,), name="commands", daemon=True).start()
+    threading.Thread(target=worker.beat, name="beat", daemon=True).start()
     worker.run()
 
 
@@ -65,6 +71,7 @@ class _Worker:
         self._lock = threading.Lock()
         self._commands: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._jobs: dict[int, Job] = {}
+        self._busy_with: int | None = None
 
     def read_commands(self, lines: TextIO) -> None:
         for line in lines:
@@ -82,8 +89,17 @@ class _Worker:
         while True:
             message = self._commands.get()
             job_id = int(message["id"])
-            self._send({"id": job_id, **self._perform(message, self._jobs[job_id])})
+            self._busy_with = job_id
+            answer = self._perform(message, self._jobs[job_id])
+            self._busy_with = None
+            self._send({"id": job_id, **answer})
             del self._jobs[job_id]
+
+    def beat(self) -> None:
+        while True:
+            time.sleep(BEAT_S)
+            if (job_id := self._busy_with) is not None:
+                self._send({"id": job_id, "beat": True})
 
     def _perform(self, message: dict[str, Any], job: Job) -> dict[str, Any]:
         handler = self._handlers.get(message["command"])

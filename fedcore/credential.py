@@ -1,15 +1,17 @@
 """Credential folders: what a program needs to prove who it is and to know the coordinator.
 
-    ca.crt            the federation's root
+    ca.crt            the federation's root; two while the federation moves to a new one
     tls.crt           the owner's certificate, then the issuing CA's
     tls.key           the private key, mode 0600
-    credential.toml   coordinator = "HOST:PORT", name = federation, role, id
+    credential.toml   coordinator = "HOST:PORT", name = federation, role, id, enroll_port (a site's)
 
-They are replaced as a whole, by renaming folders, so a reader never meets a key and a certificate that
-differ.
+They are replaced as a whole, by exchanging folders in one step, and read from one folder, so neither a reader nor a
+crash ever meets a key and a certificate that differ.
 """
 
+import errno
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -30,11 +32,14 @@ from fedcore.pki import (
     certificates_to_pem,
     key_from_pem,
     key_to_pem,
+    root_of,
     spki,
     verify_chain,
 )
 from fedcore.plan import Name
-from fedcore.private_files import make_folder, sync_folder, write_file
+from fedcore.private_files import check_private, exchange, make_folder, sync_folder, write_file
+
+_READ_ATTEMPTS = 5
 
 
 class CredentialFile(ConfigSection):
@@ -45,6 +50,8 @@ class CredentialFile(ConfigSection):
     role: Literal["site", "operator", "coordinator"]
     # Empty for the coordinator.
     id: Name | Literal[""] = Field("")
+    # Where a site renews once its certificate has ended; unknown to credentials of earlier versions.
+    enroll_port: int | None = Field(None, ge=1, le=65535)
 
     @field_validator("coordinator")
     @classmethod
@@ -69,6 +76,7 @@ class Credential:
     ca_pem: bytes = field(repr=False)
     chain_pem: bytes = field(repr=False)
     key_pem: bytes = field(repr=False)
+    enroll_port: int | None = None
 
     @property
     def federation(self) -> str:
@@ -97,17 +105,16 @@ def join_address(host: str, port: int) -> str:
 def load_credential(folder: Path, now: datetime, *, allow_expired: bool = False) -> Credential:
     """Read and check a credential folder.
 
-    Raises ConfigError if files are missing or malformed, IdentityError if they do not belong together, name
-    somebody else than credential.toml says, or the certificate is not valid at `now` (unless
+    Raises ConfigError if files are missing or malformed, or the key may be read by others; IdentityError if they do not
+    belong together, name somebody else than credential.toml says, or the certificate is not valid at `now` (unless
     `allow_expired`).
     """
-    settings = load_config(folder / "credential.toml", CredentialFile)
-    ca_pem, chain_pem, key_pem = (_read(folder / name) for name in ("ca.crt", "tls.crt", "tls.key"))
-    root = _only(certificates_from_pem(ca_pem, str(folder / "ca.crt")), folder / "ca.crt")
+    settings, ca_pem, chain_pem, key_pem = _read_whole(folder)
+    roots = certificates_from_pem(ca_pem, str(folder / "ca.crt"))
     chain = certificates_from_pem(chain_pem, str(folder / "tls.crt"))
     key = key_from_pem(key_pem, str(folder / "tls.key"))
     subject = Subject(settings.name, settings.role, settings.id)
-    check_issued(chain, root, key, subject, f"credential {folder}")
+    check_issued(chain, roots, key, subject, f"credential {folder}")
     if not allow_expired:
         check_validity(
             chain[0].not_valid_before_utc,
@@ -116,17 +123,19 @@ def load_credential(folder: Path, now: datetime, *, allow_expired: bool = False)
             f"credential {folder}",
             role=subject.role,
         )
-    return Credential(folder, settings.coordinator, subject, chain[0], ca_pem, chain_pem, key_pem)
+    return Credential(
+        folder, settings.coordinator, subject, chain[0], ca_pem, chain_pem, key_pem, settings.enroll_port
+    )
 
 
 def check_issued(
     chain: Sequence[x509.Certificate],
-    root: x509.Certificate,
+    roots: Sequence[x509.Certificate],
     key: ec.EllipticCurvePrivateKey,
     subject: Subject,
     who: str,
 ) -> None:
-    """Check that a chain belongs to a key, to an owner and to a root.
+    """Check that a chain belongs to a key, to an owner and to one of the roots.
 
     Raises IdentityError that says what differs.
     """
@@ -136,7 +145,7 @@ def check_issued(
     named = subject_of(chain[0])
     if named != subject:
         raise IdentityError(f"{who}: the certificate names {named.spiffe_id}, expected {subject.spiffe_id}")
-    verify_chain(chain, root, who)
+    verify_chain(chain, root_of(chain, roots), who)
 
 
 def write_credential(
@@ -146,7 +155,8 @@ def write_credential(
     subject: Subject,
     key: ec.EllipticCurvePrivateKey,
     chain: Sequence[x509.Certificate],
-    root: x509.Certificate,
+    roots: Sequence[x509.Certificate],
+    enroll_port: int | None = None,
     replace: bool = False,
 ) -> None:
     """Write a credential folder as a whole: beside its place first, then renamed into it.
@@ -160,8 +170,9 @@ def write_credential(
     try:
         write_file(staged / "tls.key", key_to_pem(key))
         write_file(staged / "tls.crt", certificates_to_pem(chain), mode=0o644)
-        write_file(staged / "ca.crt", certificates_to_pem([root]), mode=0o644)
-        write_file(staged / "credential.toml", _settings_toml(coordinator, subject).encode(), mode=0o644)
+        write_file(staged / "ca.crt", certificates_to_pem(roots), mode=0o644)
+        settings = _settings_toml(coordinator, subject, enroll_port)
+        write_file(staged / "credential.toml", settings.encode(), mode=0o644)
         _swap(staged, folder)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
@@ -169,19 +180,96 @@ def write_credential(
     sync_folder(folder.parent)
 
 
+def accept_renewal(
+    old: Credential,
+    key: ec.EllipticCurvePrivateKey,
+    chain_pem: str,
+    ca_pem: str,
+    now: datetime,
+    *,
+    enroll_port: int | None = None,
+) -> None:
+    """Replace the credential folder of `old` by the coordinator's answer to a request for `key`, once it is found to
+    be what was asked for. `ca_pem` holds the roots to trust from now on.
+
+    Raises IdentityError if it is not the same owner's, not of this key, not below these roots or not valid at `now`;
+    the folder is then as it was.
+    """
+    who = f"renewed certificate of {old.subject.spiffe_id}"
+    chain = certificates_from_pem(chain_pem.encode(), who)
+    roots = certificates_from_pem(ca_pem.encode(), f"roots sent with the {who}")
+    check_issued(chain, roots, key, old.subject, who)
+    check_validity(chain[0].not_valid_before_utc, chain[0].not_valid_after_utc, now, who)
+    write_credential(
+        old.folder,
+        coordinator=old.coordinator,
+        subject=old.subject,
+        key=key,
+        chain=chain,
+        roots=roots,
+        enroll_port=enroll_port or old.enroll_port,
+        replace=True,
+    )
+
+
 def _swap(staged: Path, folder: Path) -> None:
     if not folder.exists():
         staged.rename(folder)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    folder.rename(old)  # onto an empty folder, which rename replaces
-    staged.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        exchange(staged, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+            raise
+        # A file system without it (NFS). A crash between the two renames leaves the old one under a name that
+        # readers look for.
+        old = _set_aside(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        staged.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        return
+    sync_folder(folder.parent)
+    shutil.rmtree(staged, ignore_errors=True)
 
 
-def _settings_toml(coordinator: str, subject: Subject) -> str:
-    values = {"coordinator": coordinator, "name": subject.federation, "role": subject.role, "id": subject.id}
+def _set_aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _settings_toml(coordinator: str, subject: Subject, enroll_port: int | None) -> str:
+    values: dict[str, str | int] = {
+        "coordinator": coordinator, "name": subject.federation, "role": subject.role, "id": subject.id,
+    }  # fmt: skip
+    if enroll_port is not None:
+        values["enroll_port"] = enroll_port
     return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+
+
+def _read_whole(folder: Path) -> tuple[CredentialFile, bytes, bytes, bytes]:
+    """The four files of one folder; read again if another took its place meanwhile."""
+    for _ in range(_READ_ATTEMPTS):
+        if not folder.exists() and _set_aside(folder).is_dir():
+            _set_aside(folder).rename(folder)  # a crash in `_swap` left it
+        before = _inode(folder)
+        try:
+            settings = load_config(folder / "credential.toml", CredentialFile)
+            ca_pem, chain_pem, key_pem = (_read(folder / name) for name in ("ca.crt", "tls.crt", "tls.key"))
+            check_private(folder / "tls.key")
+        except ConfigError:
+            if _inode(folder) == before:
+                raise
+            continue
+        if _inode(folder) == before:
+            return settings, ca_pem, chain_pem, key_pem
+    raise ConfigError(f"{folder}: was replaced {_READ_ATTEMPTS} times while it was read")
+
+
+def _inode(folder: Path) -> int:
+    try:
+        return os.stat(folder).st_ino
+    except OSError:
+        return 0
 
 
 def _read(path: Path) -> bytes:
@@ -192,9 +280,3 @@ def _read(path: Path) -> bytes:
             f"{path}: can't be read: {error.strerror}",
             hint="a credential folder holds ca.crt, tls.crt, tls.key and credential.toml",
         ) from error
-
-
-def _only(certificates: list[x509.Certificate], path: Path) -> x509.Certificate:
-    if len(certificates) != 1:
-        raise IdentityError(f"{path}: holds {len(certificates)} certificates, expected the root only")
-    return certificates[0]

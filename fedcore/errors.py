@@ -23,6 +23,7 @@ FedimpresError
 ├── EmptyRoundError          nothing to aggregate
 ├── LearningError            training, aggregation or synthesis can't go on (a NaN loss, say)
 ├── ComputeError             a compute process died or refused a command
+├── AuditError               an audit log was tampered with
 ├── StorageError             a database or artifact file is damaged, locked or full
 └── InternalError            our own bug
 
@@ -176,6 +177,12 @@ class ComputeError(FedimpresError):
     """A compute process died or refused a command."""
 
     code = "compute_failed"
+
+
+class AuditError(FedimpresError):
+    """An audit log was tampered with, or does not fit what the other side has seen of it."""
+
+    code = "audit_broken"
 
 
 class StorageError(FedimpresError):

@@ -44,6 +44,24 @@ class HomeLock:
         os.close(self._descriptor)
 
 
+def holder(path: Path) -> int | None:
+    """The process that serves the home with this lock, None if none does; -1 if it can't be told which."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return -1
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        text = os.read(descriptor, 32).decode(errors="replace").strip()
+        return int(text) if text.isdecimal() else -1
+    finally:
+        os.close(descriptor)
+    return None
+
+
 @contextmanager
 def claimed(out: Path, program: str) -> Iterator[None]:
     """Make the output folder `out` if need be, and hold it.

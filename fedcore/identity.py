@@ -14,7 +14,7 @@ from cryptography import x509
 from pydantic import TypeAdapter, ValidationError
 
 from fedcore.errors import IdentityError
-from fedcore.pki import BACKDATING, serial_text
+from fedcore.pki import BACKDATING, issuer_key_id, serial_text
 from fedcore.plan import Name
 
 CLIENT_ROLES = ("site", "operator")
@@ -22,11 +22,10 @@ _CACHED_CERTIFICATES = 4096
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
 # What to do about a certificate that has ended, by its owner's role.
 _RENEWAL = {
-    "site": "enrol again with a new token: fedagent enroll --force; the operator makes one: fedctl enroll token create",
-    "operator": "it can't be renewed in this version: ask whoever runs the coordinator for a new federation's "
-    "(fedserver init in a new home)",
-    "coordinator": "it can't be renewed in this version: make a new federation (fedserver init in a new home) "
-    "and enrol its sites",
+    "site": "its agent renews it by itself for 30 days more; later enrol again with a new token: fedagent enroll "
+    "--force; the operator makes one: fedctl enroll token create",
+    "operator": "ask whoever runs the coordinator for a new credential: fedserver operator --home DIR --id ID --out DIR",
+    "coordinator": "the coordinator renews it when it starts: fedserver serve; check this machine's clock as well",
 }
 _SPIFFE = re.compile(
     r"spiffe://(?P<federation>[^/?#]+)/(?:(?P<role>site|operator)/(?P<id>[^/?#]+)|coordinator)"
@@ -50,13 +49,16 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who makes a call. `not_after` is when the certificate ends; `serial` names the certificate, in hex."""
+    """Who makes a call. `not_after` is when the certificate ends; `serial` names the certificate, `issuer` the key
+    that signed it, both in hex.
+    """
 
     federation: str
     role: str
     id: str
     serial: str
     not_after: datetime
+    issuer: str = ""
 
     def __str__(self) -> str:
         """role/ID, for logs and messages."""
@@ -69,6 +71,7 @@ class _Parsed:
     serial: str
     not_before: datetime
     not_after: datetime
+    issuer: str
 
 
 def is_name(text: str) -> bool:
@@ -131,7 +134,15 @@ def caller_from_auth_context(
         )
     who = f"{subject.role}/{subject.id}"
     check_validity(parsed.not_before, parsed.not_after, now, who, role=subject.role)
-    return Caller(subject.federation, subject.role, subject.id, parsed.serial, parsed.not_after)
+    return Caller(
+        subject.federation, subject.role, subject.id, parsed.serial, parsed.not_after, parsed.issuer
+    )
+
+
+def check_not_ended(caller: Caller, now: datetime) -> None:
+    """Raise IdentityError once a caller's certificate has ended: for streams, which outlive the first check."""
+    if now > caller.not_after:
+        check_validity(caller.not_after, caller.not_after, now, str(caller), role=caller.role)
 
 
 def check_validity(
@@ -162,4 +173,5 @@ def _parse(pem: bytes) -> _Parsed:
         serial_text(certificate),
         certificate.not_valid_before_utc,
         certificate.not_valid_after_utc,
+        issuer_key_id(certificate),
     )

@@ -1,11 +1,12 @@
 """Keys, certificates and chains: the building blocks that coordinator and sites share. ECDSA P-256, SHA-256.
 
-    root (10 years, stays at the coordinator)
+    root (10 years)
     └── issuing CA (1 year, path length 0)
         ├── coordinator   DNS/IP names, URI spiffe://NAME/coordinator   serverAuth
         ├── site          URI spiffe://NAME/site/ID                     clientAuth
         └── operator      URI spiffe://NAME/operator/ID                 clientAuth
 
+Leaves live 30 days unless the configuration says otherwise.
 Every certificate's notBefore lies 10 minutes in the past, for clocks that disagree a little.
 """
 
@@ -92,6 +93,24 @@ def spki(key: ec.EllipticCurvePublicKey) -> bytes:
 def serial_text(certificate: x509.Certificate) -> str:
     """The serial number as lower-case hex, as the registry and the logs write it."""
     return f"{certificate.serial_number:x}"
+
+
+def key_id(certificate: x509.Certificate) -> str:
+    """Identifier of the certificate's own key, lower-case hex. Raises IdentityError if it states none."""
+    try:
+        stated = certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest
+    except (x509.ExtensionNotFound, ValueError) as error:
+        raise IdentityError(f"{certificate.subject.rfc4514_string()}: certificate has no key id") from error
+    return stated.hex()
+
+
+def issuer_key_id(certificate: x509.Certificate) -> str:
+    """Identifier of the key that signed the certificate, lower-case hex; empty if it states none."""
+    try:
+        stated = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
+    except (x509.ExtensionNotFound, ValueError):
+        return ""
+    return (stated.key_identifier or b"").hex()
 
 
 def fingerprint(certificate: x509.Certificate) -> str:
@@ -183,8 +202,9 @@ def make_leaf(
     hosts: Sequence[str],
     server: bool,
     now: datetime,
+    lifetime: timedelta = LEAF_LIFETIME,
 ) -> x509.Certificate:
-    """A certificate for `key`, valid 30 days or as long as the issuing CA.
+    """A certificate for `key`, valid for `lifetime` or as long as the issuing CA.
 
     `hosts` are DNS names or IP addresses for the SAN; `server` chooses serverAuth over clientAuth.
     Raises ConfigError for a host that is neither.
@@ -195,7 +215,7 @@ def make_leaf(
         key=key,
         issuer_key=issuing.key.public_key(),
         now=now,
-        not_after=min(now + LEAF_LIFETIME, issuing.certificate.not_valid_after_utc),
+        not_after=min(now + lifetime, issuing.certificate.not_valid_after_utc),
     )
     names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(spiffe_id)]
     names.extend(_general_name(host) for host in dict.fromkeys(hosts))
@@ -262,3 +282,9 @@ def verify_chain(chain: Sequence[x509.Certificate], root: x509.Certificate, who:
             raise IdentityError(
                 f"{who}: {parent.subject.rfc4514_string()} is no CA, but signed a certificate"
             )
+
+
+def root_of(chain: Sequence[x509.Certificate], roots: Sequence[x509.Certificate]) -> x509.Certificate:
+    """The one of `roots` (at least one) that a chain's last certificate names as its signer; the first if none is."""
+    signer = issuer_key_id(chain[-1])
+    return next((root for root in roots if key_id(root) == signer), roots[0])

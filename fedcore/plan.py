@@ -104,9 +104,15 @@ class TransformSection(_Section):
 
 
 class EvaluationSection(_Section):
-    """A test set of the coordinator's own: an npz on the coordinator's disk."""
+    """Images of the coordinator's own, which no site gave: npz files with MedMNIST's keys on the coordinator's disk."""
 
+    # Every round's model is scored on this file's test images; the round's accuracy and recalls are theirs then.
     data: str | None = None
+    # What local training does to each class: the model that sites start from and every site's update are scored on this
+    # file's validation images, or on its test images if it has no others. No other figure of a round comes from it.
+    updates_data: str | None = None
+    # At most so many of them, as even over the classes as they allow, drawn by the plan's seed.
+    updates_images: int = Field(400, ge=1, le=100_000)
 
 
 class Plan(_Section):

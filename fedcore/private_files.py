@@ -1,8 +1,16 @@
 """Files that only their owner may read, written so that a crash leaves the old file or the new one."""
 
+import ctypes
 import os
+import stat
 import tempfile
 from pathlib import Path
+
+from fedcore.errors import ConfigError
+
+# From <fcntl.h>.
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 
 def write_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
@@ -34,3 +42,30 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Swap two existing paths of one file system in one step, so that a crash leaves each name with one of the two.
+
+    Raises OSError where the kernel or the file system can't (ENOSYS, EINVAL).
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    swapped = libc.renameat2(
+        _AT_FDCWD, os.fsencode(one.absolute()), _AT_FDCWD, os.fsencode(other.absolute()), _RENAME_EXCHANGE
+    )
+    if swapped != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
+def check_private(path: Path) -> None:
+    """Raise ConfigError unless `path` is a file that only its owner may read or write."""
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror}") from error
+    if mode & 0o077:
+        raise ConfigError(
+            f"{path}: private key with mode {mode:04o}, expected 0600: others may have read it",
+            hint=f"chmod 600 {path}; if others had access to this machine, replace the key (renew or enrol again)",
+        )

@@ -10,6 +10,10 @@ from fedcore.v1 import federation_pb2
 PROTOCOL = federation_pb2.ProtocolVersion(major=1, minor=0)
 # Metadata key of Directives that names the session a hello opened.
 SESSION_KEY = "fedimpres-session"
+# Metadata keys of the answer to a health check: seconds since the epoch, MAJOR.MINOR, the software's version.
+TIME_KEY = "fedimpres-time"
+PROTOCOL_KEY = "fedimpres-protocol"
+VERSION_KEY = "fedimpres-version"
 
 
 def check_version(other: federation_pb2.ProtocolVersion, who: str) -> None:

@@ -2,6 +2,8 @@
 
 from pydantic import BaseModel, ConfigDict
 
+from fedcore.impression_check import ImpressionCheck
+
 
 class SiteFigures(BaseModel):
     """Held-out accuracy of the round's global model at one site, and the size of that set."""
@@ -23,6 +25,31 @@ class ImpressionFigures(BaseModel):
     note: str = ""
     # How they came about: counts of images kept, made anew and rejected, and steps.
     figures: dict[str, float] = {}
+    # What sites found when they compared those that they got in this round with their own images.
+    checks: dict[str, ImpressionCheck] = {}
+
+
+class UpdateScores(BaseModel):
+    """What local training did in this round, measured on the coordinator's own images, by class name.
+
+    Recalls are of the model that the sites started from (`before`) and of each site's update as it left the site
+    (`after`). The coordinator does not know which classes a site has; so a site's forgetting is the mean, over all
+    classes of which there are images, of what it lost: max(0, before - after). A class that it gained makes up for none.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    # Images of each class; the recall of a class with few is coarse.
+    num_examples: dict[str, int] = {}
+    before: dict[str, float] = {}
+    after: dict[str, dict[str, float]] = {}
+    forgetting: dict[str, float] = {}
+    # Mean over the sites; null if none was scored.
+    mean_forgetting: float | None = None
+    # At most three classes that a site lost most, the worst first.
+    most_lost: dict[str, list[str]] = {}
+    # Why sites, or all, are not scored.
+    note: str = ""
 
 
 class RoundRecord(BaseModel):
@@ -49,6 +76,8 @@ class RoundRecord(BaseModel):
     # Pooled recall a class, by class name; null without per-class counts.
     classes: dict[str, float] | None = None
     impressions: ImpressionFigures = ImpressionFigures()
+    # Null unless the plan has evaluation.updates_data.
+    update_scores: UpdateScores | None = None
     phases_s: dict[str, float] = {}
     seconds: float = 0.0
     bytes_up: int = 0

@@ -69,6 +69,7 @@ TABLE: dict[type[e.FedimpresError], ErrorMapping] = {
     e.EmptyRoundError: ErrorMapping(_S.FAILED_PRECONDITION, 1),
     e.LearningError: ErrorMapping(_S.ABORTED, 1),
     e.ComputeError: ErrorMapping(_S.ABORTED, 1),
+    e.AuditError: ErrorMapping(_S.DATA_LOSS, 1),
     e.StorageError: ErrorMapping(_S.INTERNAL, 1, "the coordinator's storage failed; its log says more"),
     e.InternalError: ErrorMapping(_S.INTERNAL, EXIT_BUG, _BUG),
 }
@@ -96,8 +97,8 @@ _CUT = "Internal error from Core"
 _CONNECTION_HINTS = (
     (
         "certificate has expired",
-        "the coordinator's certificate has ended: its operator must make a new federation, for it can't be renewed "
-        "in this version; check this clock as well",
+        "the coordinator's certificate has ended: it renews it by itself while it runs and when it starts, so its log "
+        "says what fails; check this clock as well",
     ),
     ("not yet valid", "check this machine's clock"),
     (

@@ -14,7 +14,10 @@ from fedctl.invocation import Invocation
 if TYPE_CHECKING:
     import grpc
 
+    from fedcore.v1.access_pb2_grpc import AccessStub
     from fedcore.v1.admin_pb2_grpc import AdminStub
+    from fedcore.v1.audit_pb2_grpc import AuditStub
+    from fedcore.v1.certificates_pb2_grpc import CertificatesStub
 
 RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")
@@ -27,9 +30,43 @@ class Admin:
     Deadlines and retries are those of `fedcore.channel`.
     """
 
-    def __init__(self, stub: "AdminStub", who: str) -> None:
+    def __init__(self, stub: "AdminStub", who: str, channel: "grpc.Channel | None" = None) -> None:
         self.stub = stub
         self.who = who
+        self._channel = channel
+
+    @property
+    def certificates(self) -> "CertificatesStub":
+        """The Certificates service of the same connection: `admin.call(lambda _: admin.certificates.Renew, ...)`."""
+        from fedcore import tls as _tls  # noqa: F401 - before grpc
+
+        # isort: split
+        from fedcore.v1.certificates_pb2_grpc import CertificatesStub
+
+        assert self._channel is not None, "opened by open_credential"
+        return CertificatesStub(self._channel)
+
+    @property
+    def access(self) -> "AccessStub":
+        """The Access service of the same connection."""
+        from fedcore import tls as _tls  # noqa: F401 - before grpc
+
+        # isort: split
+        from fedcore.v1.access_pb2_grpc import AccessStub
+
+        assert self._channel is not None, "opened by open_credential"
+        return AccessStub(self._channel)
+
+    @property
+    def audit(self) -> "AuditStub":
+        """The Audit service of the same connection."""
+        from fedcore import tls as _tls  # noqa: F401 - before grpc
+
+        # isort: split
+        from fedcore.v1.audit_pb2_grpc import AuditStub
+
+        assert self._channel is not None, "opened by open_credential"
+        return AuditStub(self._channel)
 
     def call(
         self,
@@ -90,7 +127,7 @@ def open_credential(folder: Path) -> Iterator[Admin]:
     credential = load_credential(folder, datetime.now(UTC))
     channel = open_sync_channel(credential)
     try:
-        yield Admin(AdminStub(channel), f"coordinator {credential.coordinator}")
+        yield Admin(AdminStub(channel), f"coordinator {credential.coordinator}", channel)
     finally:
         channel.close()
 

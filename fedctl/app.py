@@ -7,10 +7,13 @@ import typer
 
 from fedcore.program import run_program
 from fedctl import (
+    audit_commands,
+    cert_commands,
     context_commands,
     demo,
     enroll_commands,
     model_commands,
+    role_commands,
     run_commands,
     site_commands,
     status_commands,
@@ -26,10 +29,13 @@ app = typer.Typer(
 )
 app.add_typer(context_commands.app, name="context")
 app.add_typer(enroll_commands.app, name="enroll")
+app.add_typer(cert_commands.app, name="cert")
 app.add_typer(site_commands.app, name="site")
 app.add_typer(run_commands.app, name="run")
 app.add_typer(model_commands.app, name="model")
 app.add_typer(status_commands.auth_app, name="auth")
+app.add_typer(role_commands.app, name="role")
+app.add_typer(audit_commands.app, name="audit")
 app.command("status")(status_commands.status)
 app.command("demo")(demo.demo)
 app.command("version")(status_commands.version)

@@ -5,6 +5,7 @@ write.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -22,11 +23,11 @@ class Recipe:
 
 # Small images learn in seconds; blood cells need more rounds than a demo has, so it shows a part of the way.
 _RECIPES = {
-    "digits": Recipe(12, 3, 16, 0.05, 2, 80),
-    "bloodmnist": Recipe(10, 1, 64, 0.02, 2, 96),
-    "wbc_multisite": Recipe(12, 3, 32, 0.02, 2, 80),
+    "digits": Recipe(12, 3, 16, 0.05, 1, 80),
+    "bloodmnist": Recipe(10, 1, 64, 0.02, 1, 96),
+    "wbc_multisite": Recipe(12, 3, 32, 0.02, 1, 80),
 }
-_DEFAULT = Recipe(10, 1, 32, 0.02, 2, 96)
+_DEFAULT = Recipe(10, 1, 32, 0.02, 1, 96)
 
 
 def recipe_of(dataset: str) -> Recipe:
@@ -43,10 +44,14 @@ def plan_document(
     seed: int,
     class_names: Sequence[str],
     image_shape: tuple[int, int, int],
+    updates_data: Path | None = None,
 ) -> dict[str, Any]:
-    """The plan of a demo. `image_shape` is (channels, height, width) of the images as they are."""
+    """The plan of a demo. `image_shape` is (channels, height, width) of the images as they are.
+
+    With `updates_data`, an npz, the coordinator measures on it what local training does to each class.
+    """
     recipe = recipe_of(dataset)
-    return {
+    document: dict[str, Any] = {
         "name": "demo",
         "rounds": rounds or recipe.rounds,
         "min_sites": max(1, len(sites) - 1),
@@ -66,6 +71,9 @@ def plan_document(
         "limits": {"round_deadline_s": 900, "stall_timeout_s": 120, "join_wait_s": 60},
         "data": {"class_names": list(class_names)},
     }
+    if updates_data is not None:
+        document["evaluation"] = {"updates_data": str(updates_data)}
+    return document
 
 
 def to_toml(document: Mapping[str, Any]) -> str:

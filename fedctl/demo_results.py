@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from fedcore.v1 import admin_pb2
 
 
+# As many as stand side by side in the report.
+PICTURED_ROUNDS = 5
+
+
 @dataclass(frozen=True, slots=True)
 class Collected:
     """What came back from the coordinator."""
@@ -64,13 +68,13 @@ def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def _fetch_pictures(
     admin: Admin, models: Sequence["admin_pb2.Model"], newest: Path, work: Path
 ) -> list["Pictures"]:
-    """Impressions of the first, a middle and the last round that made some; the last stay in `newest`."""
+    """Impressions of the first and the last round that made some, and of rounds between; the last stay in `newest`."""
     from fedcore.report.pictures import read_pictures
 
     made = [model for model in models if model.impressions_digest]
     if not made:
         return []
-    chosen = {0, (len(made) - 1) // 2, len(made) - 1}
+    chosen = {i * (len(made) - 1) // (PICTURED_ROUNDS - 1) for i in range(PICTURED_ROUNDS)}
     pictures = []
     for index in sorted(chosen):
         last = index == len(made) - 1

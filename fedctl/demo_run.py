@@ -102,6 +102,7 @@ def run_demo(options: DemoOptions) -> DemoResult:
             seed=options.seed,
             class_names=data.class_names,
             image_shape=data.image_shape,
+            updates_data=data.coordinator,
         )
         (out / "plan.toml").write_text(to_toml(plan), encoding="utf-8")
         with ProcessGroup(out / "logs", child_environment()) as group:

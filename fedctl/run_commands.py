@@ -153,7 +153,7 @@ def rounds(ctx: typer.Context, run: RunArgument, output: OutputOption = Output.T
     columns = [
         Column("ROUND", "round", True), Column("ACCURACY", "accuracy", True),
         Column("BALANCED", "balanced", True), Column("EXP/REG/STA/REP/AGG", "counts", True),
-        Column("IMPRESSIONS", "made", True), Column("TIME", "time", True),
+        Column("IMPRESSIONS", "made", True), Column("REFUSED", "refused", True), Column("TIME", "time", True),
         Column("UP", "up", True), Column("DOWN", "down", True), Column("MISSING", "missing", style="yellow"),
     ]  # fmt: skip
     print_rows(
@@ -222,6 +222,14 @@ def _print_run(output: Output, run: "admin_pb2.Run") -> None:
     print_object(output, document, lines)
 
 
+def _refused(record: dict[str, Any]) -> str:
+    """How many impressions sites refused to train on, all sites together; "–" if none checked any."""
+    from fedcore.impression_check import ImpressionCheck
+
+    checks = (record.get("impressions", {}).get("checks") or {}).values()
+    return str(sum(ImpressionCheck.model_validate(found).num_refused for found in checks)) if checks else "–"
+
+
 def _round_row(record: dict[str, Any]) -> dict[str, Any]:
     counts = [record[key] for key in ("expected", "registered", "started", "reported", "aggregated")]
     return {
@@ -230,6 +238,7 @@ def _round_row(record: dict[str, Any]) -> dict[str, Any]:
         "balanced": percent(record.get("balanced_accuracy")),
         "counts": "/".join(map(str, counts)),
         "made": record.get("impressions", {}).get("made", 0),
+        "refused": _refused(record),
         "time": format_duration(record.get("seconds", 0.0)),
         "up": format_bytes(record.get("bytes_up", 0)),
         "down": format_bytes(record.get("bytes_down", 0)),

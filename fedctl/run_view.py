@@ -18,6 +18,8 @@ STATE_STYLE = {
     "DONE": "bold green", "DEGRADED": "bold yellow", "FAILED": "bold red", "ABORTED": "bold red",
 }  # fmt: skip
 _STAGE_STYLE = {"failed": "red", "absent": "red", "let go": "red", "training": "cyan", "evaluating": "cyan"}
+# Sites whose reason a line of `watch` tells.
+_REASONS = 3
 _HISTORY_ROUNDS = 8
 
 
@@ -51,6 +53,9 @@ def change_line(run: "admin_pb2.Run") -> str:
         parts.append(run.phase)
     if counts:
         parts.append(", ".join(f"{count} {stage}" for stage, count in sorted(counts.items())))
+    if reasons := [f"{site.site} {site.reason}" for site in run.progress if site.reason]:
+        more = f" and {len(reasons) - _REASONS} more" if len(reasons) > _REASONS else ""
+        parts.append("; ".join(reasons[:_REASONS]) + more)
     if run.last_round_json:
         record = json.loads(run.last_round_json)
         parts.append(f"accuracy {percent(record.get('accuracy'))}")

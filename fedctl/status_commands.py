@@ -6,6 +6,7 @@ from fedctl.admin import open_admin
 from fedctl.documents import status_document
 from fedctl.durations import format_bytes, format_duration
 from fedctl.render import Output, OutputOption, note, print_object
+from fedctl.role_commands import can_i
 from fedctl.site_commands import print_sites
 
 auth_app = typer.Typer(no_args_is_help=True, help="Who am I to the coordinator.")
@@ -55,11 +56,15 @@ def whoami(ctx: typer.Context, output: OutputOption = Output.TABLE) -> None:
     document = {
         "federation": reply.federation,
         "role": reply.role,
+        "roles": list(reply.roles),
         "id": reply.id,
         "serial": reply.serial,
         "not_after": reply.not_after,
     }
     print_object(output, document, [(key.replace("_", " "), value) for key, value in document.items()])
+
+
+auth_app.command("can-i")(can_i)
 
 
 def version(output: OutputOption = Output.TABLE) -> None:

@@ -13,30 +13,49 @@ import structlog
 
 from fedcore import lifeline as lifelines
 from fedcore.artifact_store import ArtifactStore
-from fedcore.channel import SERVER_OPTIONS, server_credentials
+from fedcore.audit import Fact
+from fedcore.audit_store import AuditLog
+from fedcore.channel import SERVER_OPTIONS, renewable_server_credentials
 from fedcore.clock import SystemClock
 from fedcore.compute_host import ComputeHost
-from fedcore.credential import Credential, join_address, load_credential
+from fedcore.credential import join_address
 from fedcore.database import Database, open_database
-from fedcore.errors import ConfigError
+from fedcore.errors import ConfigError, StorageError
 from fedcore.home_lock import HomeLock
 from fedcore.logs import configure_logs
 from fedcore.memory import use_one_malloc_arena
 from fedcore.plan import Plan
-from fedcore.v1 import admin_pb2_grpc, enrollment_pb2_grpc, federation_pb2_grpc
-from fedserver.authority import load_authority
+from fedcore.service_manager import ServiceManager
+from fedcore.v1 import (
+    access_pb2_grpc,
+    admin_pb2_grpc,
+    audit_pb2_grpc,
+    certificates_pb2_grpc,
+    enrollment_pb2_grpc,
+    federation_pb2_grpc,
+)
+from fedcore.version import software_version
+from fedserver.audit_exchange import AuditExchange
+from fedserver.call_audit import CallAudit
+from fedserver.certificates import Certificates
 from fedserver.checks import load_home
 from fedserver.compute_work import ComputeWork
 from fedserver.config import ServerConfig, ServerHome
 from fedserver.deliveries import Deliveries
+from fedserver.grants import Grants
 from fedserver.interceptors import edge_interceptors
 from fedserver.journal import Journal
+from fedserver.own_certificate import OwnCertificate
 from fedserver.registry import Registry
 from fedserver.retention import sweep
 from fedserver.roster import Roster
+from fedserver.rotation import AuthorityKeeper, Rotation
 from fedserver.round_driver import RoundDriver
 from fedserver.schema import MIGRATIONS
+from fedserver.services.access import AccessService
 from fedserver.services.admin import AdminService
+from fedserver.services.audit import AuditService
+from fedserver.services.certificates import CertificatesService
 from fedserver.services.enrollment import EnrollmentService
 from fedserver.services.federation import FederationService
 from fedserver.services.health import HealthService
@@ -59,6 +78,11 @@ class Coordinator:
 
     config: ServerConfig
     registry: Registry
+    certificates: Certificates
+    grants: Grants
+    audit: AuditLog
+    keeper: AuthorityKeeper
+    own: OwnCertificate
     store: ArtifactStore
     roster: Roster
     driver: RoundDriver
@@ -75,29 +99,33 @@ def run(home: Path, lifeline: int | None) -> int:
     configure_logs(config.log_level)
     use_one_malloc_arena()
     with HomeLock(places.lock):
-        credential = load_credential(places.credential, datetime.now(UTC))
         database = open_database(places.database, MIGRATIONS)
         try:
-            return asyncio.run(_serve(places, config, credential, database, lifeline))
+            return asyncio.run(_serve(places, config, database, lifeline))
         finally:
             database.close()
 
 
-async def _serve(
-    places: ServerHome, config: ServerConfig, credential: Credential, database: Database, lifeline: int | None
-) -> int:
+async def _serve(places: ServerHome, config: ServerConfig, database: Database, lifeline: int | None) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     if lifeline is not None:
         lifelines.watch(lifeline, lambda: loop.call_soon_threadsafe(stop.set))
+    manager = ServiceManager.from_environment()
     parts = _assemble(places, config, database)
     parts.driver.recover()
     sweep(parts.store, [view.state for view in parts.driver.views()])
-    servers = await _start_servers(parts, places, credential, database)
+    await parts.own.prepare()
+    await parts.audit.record(Fact("coordinator.start", "coordinator", detail={"version": software_version()}))
+    servers = await _start_servers(parts, places, database)
     driving = asyncio.create_task(parts.driver.serve())
+    renewing = asyncio.create_task(parts.own.serve())
     stopping = asyncio.create_task(stop.wait())
+    watchdog = asyncio.create_task(manager.watch(lambda: parts.compute.stuck(manager.watchdog_s)))
+    manager.status(f"serves federation {config.name} at {join_address(config.host, config.port)}")
+    manager.ready()
     log.info(
         "coordinator serves",
         federation=config.name,
@@ -106,13 +134,17 @@ async def _serve(
         runs=len(parts.driver.views()),
     )
     try:
-        await asyncio.wait({driving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if driving.done():
-            driving.result()
+        await asyncio.wait({driving, stopping, renewing}, return_when=asyncio.FIRST_COMPLETED)
+        for work in (driving, renewing):
+            if work.done():
+                work.result()
         return 0
     finally:
+        manager.stopping()
         stopping.cancel()
+        renewing.cancel()
         await _drain(parts, servers, driving)
+        watchdog.cancel()
 
 
 def _assemble(places: ServerHome, config: ServerConfig, database: Database) -> Coordinator:
@@ -124,13 +156,31 @@ def _assemble(places: ServerHome, config: ServerConfig, database: Database) -> C
         "fedserver.compute", environment={"OMP_NUM_THREADS": str(threads)} if threads else {}
     )
     registry = Registry(database)
+    keeper = AuthorityKeeper(places.pki, config.name, config.certificates.lifetimes())
+    certificates = Certificates(database, keeper.current)
+    own = OwnCertificate(places.credential, config.host, certificates)
     work = ComputeWork(compute, store, clock, config.compute.model_dump())
     driver = RoundDriver(
         Journal(database), store, roster, work, clock, _expected_sites(registry), makes_impressions
     )
     turns = Turns(config.admission.max_transfers)
     pool = ThreadPoolExecutor(_TRANSFER_THREADS, thread_name_prefix="transfer")
-    return Coordinator(config, registry, store, roster, driver, compute, HealthService(), pool, turns)
+    return Coordinator(
+        config,
+        registry,
+        certificates,
+        Grants(database),
+        AuditLog(database),
+        keeper,
+        own,
+        store,
+        roster,
+        driver,
+        compute,
+        HealthService(),
+        pool,
+        turns,
+    )
 
 
 def _expected_sites(registry: Registry) -> Callable[[Plan], tuple[str, ...]]:
@@ -143,13 +193,13 @@ def _expected_sites(registry: Registry) -> Callable[[Plan], tuple[str, ...]]:
 
 
 async def _start_servers(
-    parts: Coordinator, places: ServerHome, credential: Credential, database: Database
+    parts: Coordinator, places: ServerHome, database: Database
 ) -> tuple[grpc.aio.Server, grpc.aio.Server]:
     config, driver = parts.config, parts.driver
     coordinator = join_address(config.host, config.port)
     tokens = Tokens(
         database,
-        load_authority(places.pki, config.name),
+        parts.keeper.current,
         coordinator=coordinator,
         enroll_port=config.enroll_port,
     )
@@ -163,6 +213,8 @@ async def _start_servers(
         parts.registry,
         parts.pool,
         parts.turns,
+        AuditExchange(database, parts.audit),
+        lambda: parts.keeper.current().issuer,
     )
     admin = AdminService(
         driver,
@@ -175,25 +227,40 @@ async def _start_servers(
         parts.turns,
         datetime.now(UTC),
     )
-    enrollment = EnrollmentService(tokens, coordinator)
+    enrollment = EnrollmentService(tokens, parts.certificates, coordinator, config.enroll_port)
+    certificates = CertificatesService(
+        parts.certificates,
+        config.enroll_port,
+        Rotation(parts.certificates, parts.keeper, parts.own, parts.roster),
+    )
+    audit = CallAudit(parts.audit)
     main, enrolling = (
-        grpc.aio.server(interceptors=edge_interceptors(config.name), options=SERVER_OPTIONS) for _ in range(2)
+        grpc.aio.server(
+            interceptors=edge_interceptors(
+                config.name, parts.certificates.check, roles_of=parts.grants.roles_of, audit=audit
+            ),
+            options=SERVER_OPTIONS,
+        )
+        for _ in range(2)
     )
     federation_pb2_grpc.add_FederationServicer_to_server(federation, main)
     admin_pb2_grpc.add_AdminServicer_to_server(admin, main)
+    certificates_pb2_grpc.add_CertificatesServicer_to_server(certificates, main)
+    access_pb2_grpc.add_AccessServicer_to_server(AccessService(parts.grants), main)
+    audit_pb2_grpc.add_AuditServicer_to_server(AuditService(parts.audit, parts.grants), main)
     health_pb2_grpc.add_HealthServicer_to_server(parts.health, main)
     enrollment_pb2_grpc.add_EnrollmentServicer_to_server(enrollment, enrolling)
-    _listen(main, config, config.port, server_credentials(credential, require_client_certificate=True))
-    _listen(
-        enrolling,
-        config,
-        config.enroll_port,
-        server_credentials(credential, require_client_certificate=False),
-    )
+    for server, port, required in ((main, config.port, True), (enrolling, config.enroll_port, False)):
+        _listen(
+            server,
+            config,
+            port,
+            renewable_server_credentials(parts.own.current, require_client_certificate=required),
+        )
     await main.start()
     await enrolling.start()
-    for service in ("fedcore.v1.Federation", "fedcore.v1.Admin", "fedcore.v1.Enrollment"):
-        parts.health.set(service, True)
+    for service in ("Federation", "Admin", "Certificates", "Access", "Audit", "Enrollment"):
+        parts.health.set(f"fedcore.v1.{service}", True)
     return main, enrolling
 
 
@@ -226,4 +293,6 @@ async def _drain(
         session.end()
     await asyncio.gather(*(server.stop(_DRAIN_S) for server in servers))
     await parts.compute.close()
+    with contextlib.suppress(StorageError):  # its disk may be why it stops
+        await parts.audit.record(Fact("coordinator.stop", "coordinator"))
     parts.pool.shutdown(wait=False, cancel_futures=True)

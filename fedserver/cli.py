@@ -70,6 +70,22 @@ def check_config(home: HomeOption) -> None:
 
 
 @app.command()
+def operator(
+    home: HomeOption,
+    operator_id: Annotated[str, typer.Option("--id", help="The operator's name.")],
+    out: Annotated[Path, typer.Option(help="Folder for the credential; must not exist.", file_okay=False)],
+) -> None:
+    """Make a credential for an operator: another one, or one whose certificate has ended or whose key is lost."""
+    from fedserver.operators import make_operator
+
+    until = make_operator(home, operator_id, out, datetime.now(UTC))
+    typer.echo(
+        f"Credential of operator {operator_id} in {out}, until {until:%Y-%m-%d}.\nNext, on that operator's machine: "
+        f"fedctl context add NAME --credential {out}"
+    )
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     from fedcore.version import software_version

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from fedcore.compute_worker import Handler, Job, serve
-from fedcore.data import LabelledImages, open_dataset
 from fedcore.device import ComputeDevice, open_device
-from fedcore.errors import ConfigError, DataError, PlanError, TensorMismatchError
+from fedcore.errors import ConfigError, PlanError, TensorMismatchError
 from fedcore.evaluation import evaluate
 from fedcore.models import build_model
 from fedcore.models.base import FederatedModel, norm_tensor_names
@@ -26,18 +25,23 @@ from fedcore.seeding import derive_seed
 from fedcore.tensor_file import EXTRA_PREFIX, TensorManifest, TensorSpec, check_expected
 from fedserver.aggregation import average_over_rounds
 from fedserver.config import ComputeConfig
+from fedserver.own_images import OwnImages, read_scoring_images, read_test_images
 from fedserver.strategies import load_strategy
 from fedserver.strategies.base import MergeRequest, SiteReport, SiteUpdate, Strategy
 from fedserver.synthesis.bank import Bank
 from fedserver.synthesis.make import check_synthesis, make_bank
 from fedserver.synthesis.readiness import ready
+from fedserver.update_scores import score_updates
 
 
 class ServerCompute:
-    """The commands of the coordinator's compute process; its test set stays loaded between them."""
+    """The commands of the coordinator's compute process; its own images stay loaded between them."""
 
     def __init__(self) -> None:
-        self._test_set: tuple[object, LabelledImages] | None = None
+        self._test_images = OwnImages("evaluation.data", "test images", read_test_images)
+        self._scoring_images = OwnImages(
+            "evaluation.updates_data", "validation or test images", read_scoring_images
+        )
 
     def handlers(self) -> dict[str, Handler]:
         """Commands by name."""
@@ -46,6 +50,7 @@ class ServerCompute:
             "aggregate": self.aggregate,
             "synthesise": self.synthesise,
             "evaluate": self.evaluate,
+            "score_updates": self.score_updates,
         }
 
     def initialise(self, args: dict[str, Any], job: Job) -> dict[str, Any]:
@@ -154,26 +159,28 @@ class ServerCompute:
         """Score a model on the coordinator's own test set, an npz. Raises DataError, StorageError."""
         plan = plan_from_json(args["plan"])
         device = _device(args)
-        images = self._test_images(plan, Path(args["data"]))
+        images = self._test_images.of(plan, Path(args["data"]))
         model = build_model(plan.model)
         model.load_state_dict(load_tensors(Path(args["model"])))
         found = evaluate(device.place(model), images, plan, device.device, per_class=True, check=job.check)
         return {"splits": [{"split": "test", **asdict(found)}]}
 
-    def _test_images(self, plan: Plan, path: Path) -> LabelledImages:
-        """The test split, read again only when the file or what the plan makes of it has changed."""
-        try:
-            changed = path.stat().st_mtime_ns
-        except OSError as error:
-            raise DataError(f"evaluation.data: {path}: can't be read: {error.strerror}") from error
-        key = (path, changed, plan.model.input, plan.model.classes, plan.data, plan.transform)
-        if self._test_set is None or self._test_set[0] != key:
-            self._test_set = None
-            site = open_dataset("npz", path, class_names=plan.data.class_names).read(plan)
-            if not len(site.test):
-                raise DataError(f"evaluation.data: {path}: has no test images")
-            self._test_set = (key, site.test)
-        return self._test_set[1]
+    def score_updates(self, args: dict[str, Any], job: Job) -> dict[str, Any]:
+        """Score the model that sites started from and the updates that passed the gate, class by class.
+
+        Raises DataError, StorageError; an update that can't be scored costs that one only.
+        """
+        plan = plan_from_json(args["plan"])
+        device = _device(args)
+        layout = _layout(plan.model.model_dump_json())
+        local = load_strategy(plan).local_tensors(layout.names, layout.norm_names)
+        if local:
+            # The global model's own are those of the run's first model: a score with them would be nobody's.
+            note = f"updates not scored: strategy '{plan.strategy}' leaves {len(local)} tensors of the model at the sites"
+            return {"class_totals": [], "before": [], "after": {}, "note": note}
+        updates = [(update["site"], Path(update["path"])) for update in args["updates"]]
+        images = self._scoring_images.of(plan, Path(args["data"]))
+        return score_updates(plan, Path(args["model"]), updates, images, device=device, job=job)
 
 
 def initial_model(plan: Plan) -> FederatedModel:

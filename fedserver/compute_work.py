@@ -17,13 +17,13 @@ from fedcore.errors import ComputeError, FedimpresError
 from fedcore.plan import describe_problems
 from fedserver import round_events as ev
 from fedserver.directives import initialised_event
-from fedserver.round_machine import Aggregate, EvaluateHere, Initialise, Synthesise
+from fedserver.round_machine import Aggregate, EvaluateHere, Initialise, ScoreUpdates, Synthesise
 from fedserver.round_state import RunState
 
 ATTEMPTS = 3
 log = structlog.get_logger(__name__)
 
-ComputeCommand = Initialise | Aggregate | Synthesise | EvaluateHere
+ComputeCommand = Initialise | Aggregate | Synthesise | EvaluateHere | ScoreUpdates
 
 
 class ComputeWork:
@@ -97,6 +97,10 @@ class ComputeWork:
                     return ev.EvaluationReported(
                         at=self._clock.wall(), round=command.round, site="", metrics=metrics
                     )
+                case ScoreUpdates():
+                    return await self._score_updates(
+                        command, plan, state.plan.evaluation.updates_data, on_progress
+                    )
         finally:
             out.unlink(missing_ok=True)
 
@@ -133,6 +137,16 @@ class ComputeWork:
             strategy_state=result["state_digest"],
         )
 
+    async def _score_updates(
+        self, command: ScoreUpdates, plan: str, data: str | None, on_progress: Progress
+    ) -> ev.Event:
+        updates = [{"site": site, "path": str(self._store.find(digest))} for site, digest in command.updates]
+        model = str(self._store.find(command.model))
+        result = await self._run(
+            "score_updates", on_progress, plan=plan, model=model, updates=updates, data=data
+        )
+        return ev.UpdatesScored.model_validate({**result, "at": self._clock.wall(), "round": command.round})
+
     def _path(self, digest: str | None) -> str | None:
         return str(self._store.find(digest)) if digest is not None else None
 
@@ -152,6 +166,8 @@ class ComputeWork:
                 return ev.SynthesisFinished(at=at, round=command.round, impressions=None, made=0, note=note)
             case EvaluateHere():
                 return ev.EvaluationLetGo(at=at, round=command.round, site="", reason=reason)
+            case ScoreUpdates():
+                return ev.UpdatesScored(at=at, round=command.round, note=f"updates not scored: {reason}")
 
 
 def _newest_validation(state: RunState) -> float | None:

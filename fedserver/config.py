@@ -1,6 +1,7 @@
 """fedserver.toml, and where things lie in the coordinator's home."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,25 @@ class AdmissionConfig(ConfigSection):
     max_transfers: int = Field(4, ge=1)
 
 
+Days = Annotated[float, Field(gt=0, le=365)]
+
+
+class CertificatesConfig(ConfigSection):
+    """How long certificates live, by role. They are renewed after two thirds of that."""
+
+    site_days: Days = 30.0
+    operator_days: Days = 30.0
+    coordinator_days: Days = 30.0
+
+    def lifetimes(self) -> dict[str, timedelta]:
+        """Role -> lifetime."""
+        return {
+            "site": timedelta(days=self.site_days),
+            "operator": timedelta(days=self.operator_days),
+            "coordinator": timedelta(days=self.coordinator_days),
+        }
+
+
 class ServerConfig(ConfigSection):
     """fedserver.toml."""
 
@@ -41,6 +61,7 @@ class ServerConfig(ConfigSection):
     heartbeat_interval_s: float = Field(5.0, gt=0)
     compute: ComputeConfig = ComputeConfig()
     admission: AdmissionConfig = AdmissionConfig()
+    certificates: CertificatesConfig = CertificatesConfig()
 
 
 @dataclass(frozen=True, slots=True)

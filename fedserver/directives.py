@@ -8,6 +8,7 @@ from fedcore.tensor_file import TensorManifest, TensorSpec
 from fedcore.text import printable
 from fedcore.v1 import federation_pb2, tensor_pb2
 from fedserver import round_events as ev
+from fedserver.impression_checks import check_from_proto
 from fedserver.round_machine import Evaluate, Train
 from fedserver.round_state import RunState
 
@@ -67,7 +68,9 @@ def expected_update(state: RunState) -> TensorManifest:
 
 
 def report_from_proto(report: federation_pb2.UpdateReport, who: str = "a site") -> ev.Report:
-    """A site's report as the journal keeps it. `who` opens the message. Raises TransferError for a negative count."""
+    """A site's report as the journal keeps it. `who` opens the message. Raises TransferError for a negative count,
+    NonFiniteError for a distance that is no number.
+    """
     for name in ("num_examples", "num_steps", "num_impressions", "corrupt_images", "seconds"):
         if getattr(report, name) < 0:
             raise TransferError(
@@ -82,6 +85,9 @@ def report_from_proto(report: federation_pb2.UpdateReport, who: str = "a site") 
         threads=report.threads,
         device=printable(report.device, _MAX_DEVICE),
         corrupt_images=report.corrupt_images,
+        impression_check=check_from_proto(report.impression_check, who)
+        if report.HasField("impression_check")
+        else None,
     )
 
 

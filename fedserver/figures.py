@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from fedcore.round_record import ImpressionFigures, RoundRecord, SiteFigures
+from fedserver.forgetting import update_scores
 from fedserver.round_events import Metrics
 from fedserver.round_state import Round, RunState
 
@@ -82,7 +83,13 @@ def round_record(state: RunState, current: Round, now: float, bytes_down: int) -
             used={s: u.report.num_impressions for s, u in sorted(current.reported.items())},
             note=note,
             figures=dict(current.synthesis_figures),
+            checks={
+                s: check
+                for s, u in sorted(current.reported.items())
+                if (check := u.report.impression_check) is not None
+            },
         ),
+        update_scores=update_scores(current.scores, state.plan.class_names) if current.scores else None,
         phases_s=_phases(current, now, state.overlaps),
         seconds=max(0.0, now - current.opened_at),
         bytes_up=sum(u.payload_bytes for u in current.reported.values()),
@@ -91,12 +98,11 @@ def round_record(state: RunState, current: Round, now: float, bytes_down: int) -
         attempts=current.attempt,
         model=current.released or "",
         impressions_digest=current.new_impressions or "",
-        training={s: _training(u.report.model_dump()) for s, u in sorted(current.reported.items())},
+        training={
+            s: u.report.model_dump(exclude={"num_impressions", "impression_check"})
+            for s, u in sorted(current.reported.items())
+        },
     )
-
-
-def _training(report: dict[str, float | int | str]) -> dict[str, float | int | str]:
-    return {key: value for key, value in report.items() if key != "num_impressions"}
 
 
 def _missing(current: Round) -> dict[str, str]:

@@ -20,8 +20,10 @@ from fedcore.pki import LOOPBACK_NAMES, new_key
 from fedcore.plan import describe_problems
 from fedcore.private_files import make_folder, write_file
 from fedserver import registry
+from fedserver.authorisation import OPERATOR, OWNER
 from fedserver.authority import create_authority
 from fedserver.config import ServerConfig, ServerHome
+from fedserver.grants import grant
 from fedserver.schema import MIGRATIONS
 
 FIRST_OPERATOR = "admin"
@@ -89,7 +91,7 @@ def _refuse_used(home: Path) -> None:
 
 
 def _fill(home: ServerHome, config: ServerConfig, now: datetime) -> Initialised:
-    authority = create_authority(home.pki, config.name, now)
+    authority = create_authority(home.pki, config.name, now, config.certificates.lifetimes())
     coordinator = join_address(config.host.strip("[]"), config.port)
     database = open_database(home.database, MIGRATIONS, create=True)
     try:
@@ -104,7 +106,11 @@ def _fill(home: ServerHome, config: ServerConfig, now: datetime) -> Initialised:
                 lambda c, leaf=leaf, subject=subject: registry.record_certificate(c, leaf, subject, now)  # type: ignore[misc]
             )
             write_credential(
-                folder, coordinator=coordinator, subject=subject, key=key, chain=chain, root=authority.root
+                folder, coordinator=coordinator, subject=subject, key=key, chain=chain, roots=authority.roots
+            )
+        for role in (OWNER, OPERATOR):
+            database.write_now(
+                lambda c, role=role: grant(c, FIRST_OPERATOR, role, now, "fedserver init")  # type: ignore[misc]
             )
     finally:
         database.close()
@@ -135,6 +141,11 @@ log_level = {json.dumps(config.log_level)}    # debug | info | warning | error
 # [admission]
 # max_agents = {config.admission.max_agents}
 # max_transfers = {config.admission.max_transfers}      # chunks of 2 MiB that move at a time; more transfers take turns
+
+# [certificates]        # all are renewed by themselves after two thirds of their life, operators' by fedctl cert renew
+# site_days = {config.certificates.site_days:g}
+# operator_days = {config.certificates.operator_days:g}
+# coordinator_days = {config.certificates.coordinator_days:g}
 """
 
 

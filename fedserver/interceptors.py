@@ -1,4 +1,4 @@
-"""The edge that every call passes: telemetry > error translation > identity > authorisation > handler.
+"""The edge that every call passes: telemetry > error translation > audit > identity > authorisation > handler.
 
 One interceptor for all four kinds of RPC. It wraps the handler once a call and adds nothing to a stream's
 messages: response streams are written to the wire as the handler yields them, and what a generator raises on
@@ -12,21 +12,26 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import structlog
 
 from fedcore import tls as _tls  # noqa: F401 - before grpc
 from fedcore.errors import FedimpresError, InternalError, ProtocolError
-from fedcore.identity import Caller, caller_from_auth_context
+from fedcore.identity import Caller, caller_from_auth_context, check_not_ended
 from fedcore.status import to_status
 from fedserver.authorisation import authorise, is_public
+from fedserver.call_audit import CallAudit, CallRecord
+from fedserver.open_calls import OpenCalls
 from fedserver.registry import utc_now
 
 # isort: split
 import grpc
 
 Clock = Callable[[], datetime]
+Check = Callable[[Caller], None]
+RolesOf = Callable[[Caller], frozenset[str]]
 Handler = Callable[[Any, Any], Any]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]]
 
@@ -48,11 +53,28 @@ def caller_of(context: Any) -> Caller:
 
 
 class EdgeInterceptor(grpc.aio.ServerInterceptor):
-    """Lets a call through only for callers of `federation` that the authorisation table names."""
+    """Lets a call through only for callers of `federation` that the authorisation table names and whose certificate
+    counts: `check_certificate` raises IdentityError for one that does not (unknown, revoked, of a dropped CA).
 
-    def __init__(self, federation: str, clock: Clock = utc_now) -> None:
+    `roles_of` says what a caller is let in as; `audit` records what the table of fedserver.audit_policy names, and
+    every refusal. Streams are asked again while they are open.
+    """
+
+    def __init__(
+        self,
+        federation: str,
+        check_certificate: Check,
+        clock: Clock = utc_now,
+        *,
+        roles_of: RolesOf,
+        audit: CallAudit,
+    ) -> None:
         self._federation = federation
+        self._check_certificate = check_certificate
+        self._roles_of = roles_of
+        self._audit = audit
         self._clock = clock
+        self._open_calls = OpenCalls(self._check_still)
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -64,68 +86,98 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         kind = f"{_kind(handler.request_streaming)}_{_kind(handler.response_streaming)}"
         behaviour: Handler = getattr(handler, kind)
-        wrap = self._streaming if handler.response_streaming else self._unary
+        lasting = bool(handler.request_streaming or handler.response_streaming)
+        wrap = self._streaming if handler.response_streaming else partial(self._unary, lasting=lasting)
         make: Callable[..., grpc.RpcMethodHandler[Any, Any]] = getattr(grpc, f"{kind}_rpc_method_handler")
         return make(wrap(method, behaviour), handler.request_deserializer, handler.response_serializer)
 
-    def _unary(self, method: str, behaviour: Handler) -> Handler:
+    def _unary(self, method: str, behaviour: Handler, *, lasting: bool) -> Handler:
         async def call(request: Any, context: Any) -> Any:
-            async def answer() -> Any:
+            async def answer(_: CallRecord) -> Any:
                 result = behaviour(request, context)
                 return await result if inspect.isawaitable(result) else result
 
-            return await self._guard(method, context, answer)
+            return await self._guard(method, context, answer, lasting=lasting)
 
         return call
 
     def _streaming(self, method: str, behaviour: Handler) -> Handler:
         async def call(request: Any, context: Any) -> None:
-            async def answer() -> None:
+            async def answer(record: CallRecord) -> None:
                 result = behaviour(request, context)
                 if inspect.isawaitable(result):
                     await result  # it wrote to the context itself
                     return
                 async with aclosing(result):
+                    first = True
                     async for message in result:
+                        if first:
+                            await self._audit.before_stream(record)
+                            first = False
                         await context.write(message)
 
-            await self._guard(method, context, answer)
+            await self._guard(method, context, answer, lasting=True)
 
         return call
 
-    async def _guard(self, method: str, context: Any, answer: Callable[[], Awaitable[Any]]) -> Any:
-        """Identify, authorise, answer; translate what is raised, and tell the log."""
+    def _check_still(self, caller: Caller) -> None:
+        check_not_ended(caller, self._clock())
+        self._check_certificate(caller)
+
+    async def _guard(
+        self, method: str, context: Any, handle: Callable[[CallRecord], Awaitable[Any]], *, lasting: bool
+    ) -> Any:
+        """Identify, authorise, answer, record; translate what is raised, and tell the log.
+
+        A `lasting` call is ended when its caller's certificate no longer counts.
+        """
         started = time.monotonic()
         caller = "anyone"
+        record = self._audit.open(method, context.peer())
+        answer: Callable[[], Awaitable[Any]] = partial(handle, record)
         try:
             if not is_public(method):
                 known = caller_from_auth_context(context.auth_context(), self._federation, self._clock())
-                caller = str(known)
-                authorise(method, known)
+                caller = record.actor = str(known)
+                self._check_certificate(known)
+                record.roles = self._roles_of(known)
+                record.role = authorise(method, known, record.roles)
                 _CALLER.set(known)
+                if lasting:
+                    answer = partial(self._open_calls.run, known, answer)
             result = await answer()
+            await self._audit.succeeded(record)
         except asyncio.CancelledError:
             _log.debug("rpc cancelled", method=method, caller=caller, seconds=_since(started))
+            await self._audit.cancelled(record)
             raise
         except grpc.aio.AbortError:
             _log.info("rpc aborted by its handler", method=method, caller=caller, seconds=_since(started))
             raise
         except Exception as error:
+            if isinstance(error, NotImplementedError):
+                error = ProtocolError(f"{method.rpartition('.')[2]} is not served here")
+            await self._audit.failed(record, error)
             await _refuse(error, method, caller, context, started)
         else:
             _log.debug("rpc", method=method, caller=caller, code="OK", seconds=_since(started))
             return result
 
 
-def edge_interceptors(federation: str, clock: Clock = utc_now) -> list[grpc.aio.ServerInterceptor]:
-    """What a server of the coordinator is made with: `aio.server(interceptors=edge_interceptors(name))`."""
-    return [EdgeInterceptor(federation, clock)]
+def edge_interceptors(
+    federation: str,
+    check_certificate: Check,
+    clock: Clock = utc_now,
+    *,
+    roles_of: RolesOf,
+    audit: CallAudit,
+) -> list[grpc.aio.ServerInterceptor]:
+    """What a server of the coordinator is made with: `aio.server(interceptors=edge_interceptors(name, check))`."""
+    return [EdgeInterceptor(federation, check_certificate, clock, roles_of=roles_of, audit=audit)]
 
 
 async def _refuse(error: Exception, method: str, caller: str, context: Any, started: float) -> None:
     """End the call with the error's status. Always raises grpc's AbortError."""
-    if isinstance(error, NotImplementedError):
-        error = ProtocolError(f"{method.rpartition('.')[2]} is not served here")
     status, message, metadata = to_status(error)
     ours = status in _OURS
     # The log gets the error's own words, which may say more than the caller is told.

@@ -9,7 +9,7 @@ from cryptography import x509
 from fedcore.database import Database
 from fedcore.errors import NotFoundError, PermissionDeniedError
 from fedcore.identity import Subject
-from fedcore.pki import serial_text
+from fedcore.pki import issuer_key_id, serial_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,16 +106,22 @@ def enrol(connection: sqlite3.Connection, site_id: str, now: datetime) -> None:
 
 
 def record_certificate(
-    connection: sqlite3.Connection, certificate: x509.Certificate, subject: Subject, now: datetime
+    connection: sqlite3.Connection,
+    certificate: x509.Certificate,
+    subject: Subject,
+    now: datetime,
+    *,
+    renews: str = "",
 ) -> str:
     """Note an issued certificate, within the caller's transaction; give its serial number.
 
-    Revocation will need it.
+    One that is not noted is refused by every RPC. `renews` is the serial number of the one it takes the place of.
     """
     serial = serial_text(certificate)
     connection.execute(
-        "INSERT INTO certificates (serial, role, subject_id, not_before, not_after, issued_at)"
-        " VALUES (?, ?, ?, ?, ?, ?)",
+        "INSERT INTO certificates"
+        " (serial, role, subject_id, not_before, not_after, issued_at, issuer, renews)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         (
             serial,
             subject.role,
@@ -123,6 +129,8 @@ def record_certificate(
             rfc3339(certificate.not_valid_before_utc),
             rfc3339(certificate.not_valid_after_utc),
             rfc3339(now),
+            issuer_key_id(certificate),
+            renews,
         ),
     )
     return serial

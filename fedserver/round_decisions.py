@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fedserver import round_events as ev
 from fedserver.figures import round_record
-from fedserver.round_machine import awaits_figures
+from fedserver.round_machine import awaits_figures, awaits_scores
 from fedserver.round_state import RunState, Stage, Status
 from fedserver.sampling import sites_of_round
 
@@ -196,5 +196,7 @@ def _decide_evaluation(state: RunState, world: World) -> tuple[ev.Event, ...]:
             events.append(ev.EvaluationLetGo(at=world.wall, round=current.number, site=site, reason=reason))
     if events or current.unevaluated or current.synthesised is None or awaits_figures(state, current, ""):
         return tuple(events)
+    if awaits_scores(state, current):
+        return ()
     record = round_record(state, current, world.wall, world.bytes_down)
     return (ev.RoundFinished(at=world.wall, round=current.number, record_json=record.model_dump_json()),)

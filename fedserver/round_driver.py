@@ -36,6 +36,11 @@ _TICK_S = 0.25
 _RETRY_S = 5.0
 # When a run ends, artifacts this old that no run needs are left-overs.
 _SWEEP_GRACE_S = 3600.0
+# Fields of events that are too long for a line of the log.
+_NOT_LOGGED = {
+    "at", "kind", "record_json", "update_tensors", "local_tensors", "metrics", "report", "class_totals", "before",
+    "after",
+}  # fmt: skip
 log = structlog.get_logger(__name__)
 
 
@@ -437,9 +442,7 @@ def _fail(future: asyncio.Future[RunState], error: Exception) -> None:
 
 
 def _log_event(run: str, event: ev.Event) -> None:
-    fields = event.model_dump(
-        exclude={"at", "kind", "record_json", "update_tensors", "local_tensors", "metrics", "report"}
-    )
+    fields = event.model_dump(exclude=_NOT_LOGGED)
     if isinstance(event, ev.RoundFinished):
         fields["syncs_so_far"] = syncs_so_far()
     log.info(event.kind.replace("_", " "), run=run, **fields)

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from fedcore.impression_check import ImpressionCheck
+
 # JSON has no NaN: one in the journal would come back as null, which no replay gets past. So it is refused at once.
 _FACT = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -38,6 +40,8 @@ class Report(BaseModel):
     threads: int = 0
     device: str = ""
     corrupt_images: int = 0
+    # What the site's check of the impressions found; None if none came, or the site checks none.
+    impression_check: ImpressionCheck | None = None
 
 
 class _Event(BaseModel):
@@ -166,6 +170,21 @@ class EvaluationReported(_Event):
     metrics: tuple[Metrics, ...]
 
 
+class UpdatesScored(_Event):
+    """What local training did to each class was measured on the coordinator's own images; or not, and `note` says why.
+
+    All counts are a class: of images, and of those that were recognised by the model that sites started from (`before`)
+    and by each site's update (`after`). Sites whose update could not be scored are not in `after`.
+    """
+
+    kind: Literal["updates_scored"] = "updates_scored"
+    round: int
+    class_totals: tuple[int, ...] = ()
+    before: tuple[int, ...] = ()
+    after: dict[str, tuple[int, ...]] = {}
+    note: str = ""
+
+
 class EvaluationLetGo(_Event):
     """The round's figures are made without a site."""
 
@@ -218,6 +237,7 @@ Event = Annotated[
     | SynthesisFinished
     | EvaluationReported
     | EvaluationLetGo
+    | UpdatesScored
     | RoundFinished
     | PauseRequested
     | ResumeRequested

@@ -77,7 +77,19 @@ class EvaluateHere:
     model: str
 
 
-Command = Initialise | Train | Aggregate | Synthesise | Evaluate | EvaluateHere
+@dataclass(frozen=True, slots=True)
+class ScoreUpdates:
+    """Measure, on the coordinator's own images, what local training did: (site, digest) of the accepted updates.
+
+    `model` is the one that the sites started from.
+    """
+
+    round: int
+    model: str
+    updates: tuple[tuple[str, str], ...]
+
+
+Command = Initialise | Train | Aggregate | Synthesise | Evaluate | EvaluateHere | ScoreUpdates
 
 
 def work(state: RunState) -> tuple[Command, ...]:
@@ -125,6 +137,10 @@ def _round_work(state: RunState, current: Round) -> tuple[Command, ...]:
         commands: list[Command] = [Evaluate(current.number, s, released) for s in current.unevaluated]
         if awaits_figures(state, current, ""):
             commands.append(EvaluateHere(current.number, released))
+        if awaits_scores(state, current):
+            assert state.model is not None
+            updates_to_score = tuple((s, current.reported[s].digest) for s in sorted(current.accepted))
+            commands.append(ScoreUpdates(current.number, state.model, updates_to_score))
         return tuple(commands)
     return ()
 
@@ -230,28 +246,30 @@ def _apply_to_round(state: RunState, event: ev.Event) -> RunState:
                 synthesis_figures=MappingProxyType(dict(event.figures)),
             )
             return replace(state, current=changed)
-        case ev.EvaluationReported():
-            _expect(
-                state, state.stage is Stage.EVALUATING and awaits_figures(state, current, event.site), event
-            )
-            changed = replace(
-                current,
-                evaluations=with_item(current.evaluations, event.site, event.metrics),
-                evaluated_at=event.at,
-            )
-            return replace(state, current=changed)
-        case ev.EvaluationLetGo():
-            _expect(
-                state, state.stage is Stage.EVALUATING and awaits_figures(state, current, event.site), event
-            )
-            changed = replace(
-                current,
-                not_evaluated=with_item(current.not_evaluated, event.site, event.reason),
-                evaluated_at=event.at,
-            )
-            return replace(state, current=changed)
+        case ev.EvaluationReported() | ev.EvaluationLetGo() | ev.UpdatesScored():
+            return _measured(state, current, event)
         case _:
             raise ConflictError(f"run {state.run}: unknown event {event.kind}")
+
+
+def _measured(
+    state: RunState, current: Round, event: ev.EvaluationReported | ev.EvaluationLetGo | ev.UpdatesScored
+) -> RunState:
+    if isinstance(event, ev.UpdatesScored):
+        awaited = awaits_scores(state, current)
+    else:
+        awaited = awaits_figures(state, current, event.site)
+    _expect(state, state.stage is Stage.EVALUATING and awaited, event)
+    current = replace(current, evaluated_at=event.at)
+    match event:
+        case ev.EvaluationReported():
+            found = with_item(current.evaluations, event.site, event.metrics)
+            return replace(state, current=replace(current, evaluations=found))
+        case ev.EvaluationLetGo():
+            let_go = with_item(current.not_evaluated, event.site, event.reason)
+            return replace(state, current=replace(current, not_evaluated=let_go))
+        case ev.UpdatesScored():
+            return replace(state, current=replace(current, scores=event))
 
 
 def awaits_figures(state: RunState, current: Round, site: str) -> bool:
@@ -262,6 +280,11 @@ def awaits_figures(state: RunState, current: Round, site: str) -> bool:
             **current.not_evaluated,
         }
     return site in current.unevaluated
+
+
+def awaits_scores(state: RunState, current: Round) -> bool:
+    """Whether what local training did to each class is still to be measured here."""
+    return state.plan.evaluation.updates_data is not None and current.scores is None
 
 
 def _expect(state: RunState, condition: bool, event: ev.Event) -> None:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from fedcore.plan import Plan
 from fedcore.round_record import RoundRecord
-from fedserver.round_events import Metrics, Report
+from fedserver.round_events import Metrics, Report, UpdatesScored
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -82,6 +82,8 @@ class Round:
     rejected: Mapping[str, str] = field(default_factory=dict)
     evaluations: Mapping[str, tuple[Metrics, ...]] = field(default_factory=dict)
     not_evaluated: Mapping[str, str] = field(default_factory=dict)
+    # What local training did to each class, where the plan asks for it.
+    scores: UpdatesScored | None = None
     evaluated_at: float | None = None
     # None while synthesis is to be done; made = 0 with a note when there is none.
     synthesised: tuple[int, str] | None = None

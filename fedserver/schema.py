@@ -3,6 +3,8 @@
 Never edit one that shipped.
 """
 
+from fedcore.audit_store import AUDIT_SCHEMA
+
 MIGRATIONS: tuple[str, ...] = (
     """
     CREATE TABLE sites (
@@ -51,5 +53,28 @@ MIGRATIONS: tuple[str, ...] = (
         body TEXT NOT NULL
     ) STRICT;
     CREATE INDEX journal_by_run ON journal (run, seq);
+    """,
+    # Certificates for years: who signed each, what it was renewed from, who ended it and why.
+    """
+    ALTER TABLE certificates ADD COLUMN issuer TEXT NOT NULL DEFAULT '';
+    ALTER TABLE certificates ADD COLUMN renews TEXT NOT NULL DEFAULT '';
+    ALTER TABLE certificates ADD COLUMN revoked_by TEXT NOT NULL DEFAULT '';
+    ALTER TABLE certificates ADD COLUMN reason TEXT NOT NULL DEFAULT '';
+    CREATE INDEX certificates_by_renews ON certificates (renews);
+    """,
+    AUDIT_SCHEMA,
+    # Roles of operators. Those who were operators before there were roles could do everything.
+    """
+    CREATE TABLE grants (
+        operator TEXT NOT NULL,
+        role TEXT NOT NULL CHECK (role IN ('viewer', 'operator', 'auditor', 'owner')),
+        granted_at TEXT NOT NULL,
+        granted_by TEXT NOT NULL,
+        PRIMARY KEY (operator, role)
+    ) STRICT;
+    INSERT INTO grants (operator, role, granted_at, granted_by)
+        SELECT DISTINCT c.subject_id, r.role, strftime('%Y-%m-%dT%H:%M:%SZ', 'now'), 'migration'
+        FROM certificates c JOIN (SELECT 'owner' AS role UNION SELECT 'operator') r
+        WHERE c.role = 'operator';
     """,
 )

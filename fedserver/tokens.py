@@ -49,12 +49,14 @@ class NewToken:
 
 
 class Tokens:
-    """Makes and redeems enrolment tokens. `coordinator` is the HOST:PORT that sites dial."""
+    """Makes and redeems enrolment tokens. `authority` is asked for at each use, for it changes while the program runs;
+    `coordinator` is the HOST:PORT that sites dial.
+    """
 
     def __init__(
         self,
         database: Database,
-        authority: Authority,
+        authority: Callable[[], Authority],
         *,
         coordinator: str,
         enroll_port: int,
@@ -69,7 +71,7 @@ class Tokens:
     @property
     def authority(self) -> Authority:
         """Who signs what tokens are exchanged for."""
-        return self._authority
+        return self._authority()
 
     async def create(self, site: str, ttl_s: float, created_by: str = "") -> NewToken:
         """Make a token for `site` that ends after `ttl_s` seconds.
@@ -83,7 +85,7 @@ class Tokens:
             secret=secrets.token_urlsafe(32),
             site=site,
             port=self._enroll_port,
-            ca_pem=self._authority.root_pem,
+            ca_pem=self.authority.root_pem,
         )
         expires_at = now + timedelta(seconds=ttl_s)
         row = (token.id, _digest(token.secret), site, rfc3339(now), created_by, rfc3339(expires_at))
@@ -94,7 +96,7 @@ class Tokens:
                 row,
             )
         )
-        return NewToken(token.encode(), site, expires_at, self._authority.root_fingerprint, self._coordinator)
+        return NewToken(token.encode(), site, expires_at, self.authority.root_fingerprint, self._coordinator)
 
     async def redeem(self, token_id: str, secret: str, csr_pem: str) -> Redeemed:
         """Exchange a token and a certificate request for the site's certificate; enrol the site.
@@ -103,8 +105,10 @@ class Tokens:
         wrong secret), IdentityError for a request that can't be signed. What is refused changes nothing.
         """
         now = self._clock()
+        # A guess costs one read, never a write: guesses don't queue before those who enrol.
+        self._database.read(lambda connection: _token_site(connection, token_id, secret, now))
         return await self._database.write(
-            lambda connection: _redeem(connection, self._authority, token_id, secret, csr_pem, now)
+            lambda connection: _redeem(connection, self.authority, token_id, secret, csr_pem, now)
         )
 
 
@@ -128,6 +132,19 @@ def _redeem(
     csr_pem: str,
     now: datetime,
 ) -> Redeemed:
+    site = _token_site(connection, token_id, secret, now)
+    subject = Subject(authority.federation, "site", site)
+    chain = authority.issue(subject, public_key_of_request(csr_pem), now)
+    serial = record_certificate(connection, chain[0], subject, now)
+    enrol(connection, site, now)
+    connection.execute(
+        "UPDATE tokens SET used_at = ?, serial = ? WHERE id = ?", (rfc3339(now), serial, token_id)
+    )
+    return Redeemed(site, chain, serial)
+
+
+def _token_site(connection: sqlite3.Connection, token_id: str, secret: str, now: datetime) -> str:
+    """The site that a token lets in. Raises TokenError for one that is unknown, used or expired."""
     row = connection.execute(
         "SELECT secret_sha256, site, expires_at, used_at FROM tokens WHERE id = ?", (token_id,)
     ).fetchone()
@@ -140,14 +157,7 @@ def _redeem(
         raise TokenError(f"the enrolment token for {site} was used at {row['used_at']}", hint=_ASK_AGAIN)
     if rfc3339(now) >= row["expires_at"]:
         raise TokenError(f"the enrolment token for {site} expired at {row['expires_at']}", hint=_ASK_AGAIN)
-    subject = Subject(authority.federation, "site", site)
-    chain = authority.issue(subject, public_key_of_request(csr_pem), now)
-    serial = record_certificate(connection, chain[0], subject, now)
-    enrol(connection, site, now)
-    connection.execute(
-        "UPDATE tokens SET used_at = ?, serial = ? WHERE id = ?", (rfc3339(now), serial, token_id)
-    )
-    return Redeemed(site, chain, serial)
+    return site
 
 
 def _digest(secret: str) -> bytes:

@@ -34,7 +34,10 @@ class Output(StrEnum):
 
 
 DatasetOption = Annotated[
-    str, typer.Option(help="digits, bloodmnist, wbc_multisite, or the path of an npz with MedMNIST's keys.")
+    str | None,
+    typer.Option(
+        help="digits (the default), bloodmnist, wbc_multisite, or the path of an npz with MedMNIST's keys."
+    ),
 ]
 DataOption = Annotated[Path | None, typer.Option(help="File of the data set, where it is not embedded.")]
 SitesOption = Annotated[int | None, typer.Option(min=1, max=10_000, help="Number of sites.")]
@@ -42,6 +45,19 @@ AlphaOption = Annotated[
     float | None,
     typer.Option(
         min=0.001, max=10_000, help="Label skew (Dirichlet): small is skewed. Without it, sites are alike."
+    ),
+]
+PartitionOption = Annotated[
+    str | None,
+    typer.Option(
+        help="How images are dealt: dirichlet:ALPHA, iid, shards:PER_SITE, quantity:ALPHA, by_site, "
+        "feature_shift:STRENGTH; a + adds a feature shift to another, e.g. shards:2+feature_shift:0.5."
+    ),
+]
+PartitionFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="partition.json of a run: the same images at the same sites, for every seed.", dir_okay=False
     ),
 ]
 MaxTrainOption = Annotated[
@@ -66,10 +82,12 @@ def run(
         Path, typer.Argument(help="The plan, TOML as for `fedctl run submit`, or a saved plan.json.")
     ],
     out: OutOption,
-    dataset: DatasetOption = "digits",
+    dataset: DatasetOption = None,
     data: DataOption = None,
     sites: SitesOption = None,
     alpha: AlphaOption = None,
+    partition: PartitionOption = None,
+    partition_file: PartitionFileOption = None,
     seed: Annotated[
         int | None,
         typer.Option(min=0, max=2**31 - 1, help="Seed of split, model and training; the plan's by default."),
@@ -84,11 +102,14 @@ def run(
     chosen = _read_plan(plan)
     if seed is not None:
         chosen = chosen.model_copy(update={"seed": seed})
-    from fedcore.data.benchmark_sets import load_benchmark
+    from fedsim.data_choice import choose_data
+    from fedsim.experiments import DataSpec
 
-    federation = load_benchmark(
-        dataset, data, sites=sites, alpha=alpha, seed=chosen.seed, max_train=max_train
-    )
+    choice = choose_data(
+        dataset, data, sites=sites, alpha=alpha, partition=partition, partition_file=partition_file,
+        max_train=max_train,
+    )  # fmt: skip
+    federation = DataSpec.of(choice, chosen.seed, max_train).load()
     from fedcore.round_record import RoundRecord
     from fedsim.runs import run as simulate
 
@@ -96,16 +117,8 @@ def run(
         shown = "–" if record.balanced_accuracy is None else f"{record.balanced_accuracy:.3f}"
         _say(f"round {record.round}/{chosen.rounds}: balanced accuracy {shown}, {record.seconds:.1f} s")
 
-    parts = [
-        "fedsim",
-        "run",
-        str(plan),
-        "--dataset",
-        dataset,
-        *_given("--data", data),
-        *_given("--sites", sites),
-    ]
-    parts += [*_given("--alpha", alpha), "--seed", str(chosen.seed), *_given("--max-train", max_train)]
+    parts = ["fedsim", "run", str(plan), "--dataset", choice.dataset, *_given("--data", data)]
+    parts += [*choice.split_arguments(), "--seed", str(chosen.seed), *_given("--max-train", max_train)]
     parts += ["--threads", str(threads), "--device", device, "--forgetting-rounds", str(forgetting_rounds)]
     result = simulate(
         chosen,
@@ -128,10 +141,12 @@ def compare(
         typer.Option(help="Strategies, separated by commas; pooled and single_site are the references."),
     ],
     out: OutOption,
-    dataset: DatasetOption = "digits",
+    dataset: DatasetOption = None,
     data: DataOption = None,
     seeds: SeedsOption = "0,1,2",
     alpha: AlphaOption = None,
+    partition: PartitionOption = None,
+    partition_file: PartitionFileOption = None,
     profile: Annotated[
         str, typer.Option(help="small (3,000 images, 20 rounds) or full (all images, 40 rounds).")
     ] = ("small"),
@@ -140,7 +155,11 @@ def compare(
     model: Annotated[str, typer.Option(help="Architecture.")] = "cnn",
     settings: Annotated[
         Path | None,
-        typer.Option(help="TOML: a table of plan keys a strategy, in place of the stored tuned ones.", exists=True, dir_okay=False),
+        typer.Option(
+            help="TOML: a table of plan keys a strategy, in place of the stored tuned ones.",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
     workers: WorkersOption = None,
     threads: ThreadsOption = 1,
@@ -151,17 +170,23 @@ def compare(
     """Compare strategies over seeds; finished runs are kept, so the same command goes on where it stopped."""
     from fedsim.comparison import Comparison
     from fedsim.comparison import compare as compare_strategies
+    from fedsim.data_choice import choose_data
     from fedsim.protocol import load_settings
 
+    choice = choose_data(
+        dataset, data, sites=sites, alpha=alpha, partition=partition, partition_file=partition_file
+    )
     asked = Comparison(
-        dataset=dataset,
+        dataset=choice.dataset,
         data=data,
         strategies=_names(strategies),
         seeds=_numbers(seeds),
-        alpha=alpha,
+        alpha=choice.alpha,
+        partition=choice.partition,
+        partition_file=choice.partition_file,
         out=out,
         profile=profile,
-        sites=sites,
+        sites=choice.sites,
         rounds=rounds,
         model=model,
         settings=load_settings(settings) if settings is not None else None,
@@ -182,10 +207,12 @@ def sweep(
         list[str],
         typer.Option("--set", help="KEY=V1,V2,...: values to try, e.g. training.learning_rate=0.01,0.02."),
     ],
-    dataset: DatasetOption = "digits",
+    dataset: DatasetOption = None,
     data: DataOption = None,
     sites: SitesOption = None,
     alpha: AlphaOption = None,
+    partition: PartitionOption = None,
+    partition_file: PartitionFileOption = None,
     seeds: SeedsOption = "0",
     max_train: MaxTrainOption = None,
     workers: WorkersOption = None,
@@ -197,14 +224,19 @@ def sweep(
     """Run a plan with every combination of some values. Choose by the validation accuracy in table.json."""
     from fedsim.comparison import Sweep
     from fedsim.comparison import sweep as sweep_plan
+    from fedsim.data_choice import choose_data
     from fedsim.experiments import DataSpec
     from fedsim.protocol import parse_axis
 
+    choice = choose_data(
+        dataset, data, sites=sites, alpha=alpha, partition=partition, partition_file=partition_file,
+        max_train=max_train,
+    )  # fmt: skip
     asked = Sweep(
         plan=_read_plan(plan),
         plan_path=plan,
         axes=tuple(parse_axis(text) for text in settings),
-        data=DataSpec(dataset, str(data.resolve()) if data else None, sites, alpha, 0, max_train),
+        data=DataSpec.of(choice, 0, max_train),
         seeds=_numbers(seeds),
         out=out,
         device=device,
@@ -231,7 +263,7 @@ def show(
 
 @app.command()
 def plot(folder: Annotated[Path, typer.Argument(help="Folder of `compare` or `sweep`.")]) -> None:
-    """Write tables, curves and report again, of all runs that a folder holds."""
+    """Write tables, pictures and report again, of all runs that a folder holds."""
     from fedsim.comparison import plot as plot_runs
 
     _show_lines(plot_runs(folder), folder, Output.TABLE)
@@ -283,7 +315,10 @@ def _show_lines(lines: "list[Line]", out: Path, output: Output) -> None:
         print(json.dumps([line["row"] for line in lines], indent=2))
     else:
         print(markdown(settings_of(lines)))
-    _say(f"written: {out}/table.json, table.csv, table.md, curves-*.svg, curves-*.png, report.html")
+    _say(
+        f"written: {out}/table.json, table.csv, table.md, report.html, "
+        "{curves,sites,classes,forgetting,impressions,features}-*.svg and .png"
+    )
 
 
 def _plain(value: object) -> str:

@@ -13,13 +13,13 @@ from fedcore.data.benchmark_sets import Federation, partition_record
 from fedcore.errors import ConfigError
 from fedcore.plan import Plan
 from fedserver.strategies import load_strategy
+from fedsim.data_choice import DataChoice
 from fedsim.experiments import RUNS_FILE, DataSpec, Line, Spec, execute, read_lines
 from fedsim.identity import FORGETTING_ROUNDS, config_hash
 from fedsim.protocol import Axis, Document, Profile, plan_of, profile_of, stored_settings, variants
 from fedsim.writing import write_results
 
 REFERENCES = ("pooled", "single_site")
-REAL_SITES = "wbc_multisite"
 Say = Callable[[str], None]
 _NOTHING = np.zeros(0, dtype=np.int64)
 
@@ -45,14 +45,22 @@ class Comparison:
     threads: int = 1
     workers: int = 1
     forgetting_rounds: int = FORGETTING_ROUNDS
+    partition: str | None = None
+    partition_file: Path | None = None
+
+    @property
+    def choice(self) -> DataChoice:
+        """The data and how it is dealt."""
+        return DataChoice(
+            self.dataset, self.data, self.sites, self.alpha, self.partition, self.partition_file
+        )
 
     def command(self, strategy: str, seed: int) -> str:
         """The command that repeats one of the runs."""
         parts = ["fedsim", "compare", "--dataset", self.dataset]
         parts += [] if self.data is None else ["--data", str(self.data)]
         parts += ["--strategies", strategy, "--seeds", str(seed), "--profile", self.profile]
-        parts += [] if self.alpha is None else ["--alpha", f"{self.alpha:g}"]
-        parts += [] if self.sites is None else ["--sites", str(self.sites)]
+        parts += self.choice.split_arguments()
         parts += [] if self.rounds is None else ["--rounds", str(self.rounds)]
         parts += ["--model", self.model, "--device", self.device, "--threads", str(self.threads)]
         parts += ["--forgetting-rounds", str(self.forgetting_rounds)]
@@ -207,22 +215,24 @@ def _spec(
 
 
 def _data_spec(asked: Comparison, profile: Profile, seed: int) -> DataSpec:
-    path = str(asked.data.resolve()) if asked.data is not None else None
-    if asked.dataset == REAL_SITES:
-        return DataSpec(asked.dataset, path, None, None, seed, None)
-    return DataSpec(asked.dataset, path, asked.sites or profile.sites, asked.alpha, seed, profile.max_train)
+    if asked.partition_file is not None:
+        return DataSpec.of(asked.choice, seed)
+    if asked.choice.real_sites:
+        # A real site's images are its own: no profile cuts them.
+        return DataSpec.of(replace(asked.choice, alpha=None), seed)
+    return DataSpec.of(replace(asked.choice, sites=asked.sites or profile.sites), seed, profile.max_train)
 
 
 def _sweep_command(asked: Sweep, chosen: Sequence[str], seed: int) -> str:
     data = asked.data
     parts = ["fedsim", "sweep", str(asked.plan_path), "--dataset", data.dataset]
     parts += [] if data.data is None else ["--data", data.data]
-    parts += [] if data.sites is None else ["--sites", str(data.sites)]
-    parts += [] if data.alpha is None else ["--alpha", f"{data.alpha:g}"]
+    parts += data.choice.split_arguments()
     parts += [] if data.max_train is None else ["--max-train", str(data.max_train)]
     for setting in chosen:
         parts += ["--set", setting]
     parts += ["--device", asked.device, "--threads", str(asked.threads)]
+    parts += ["--forgetting-rounds", str(asked.forgetting_rounds)]
     return shlex.join([*parts, "--seeds", str(seed), "--out", "DIR"])
 
 

@@ -17,12 +17,14 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from fedcore.data.benchmark_sets import Federation, load_benchmark
+from fedcore.data.benchmark_sets import Federation, load_benchmark, load_partition, partition_record
+from fedcore.data.saved_partition import split_name
 from fedcore.errors import ComputeError, FedimpresError, LearningError, StorageError
 from fedcore.home_lock import claimed
 from fedcore.plan import plan_from_json
+from fedsim.data_choice import DataChoice
 
 RUNS_FILE = "runs.jsonl"
 Line = dict[str, Any]
@@ -30,7 +32,7 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class DataSpec:
-    """Which federation: the arguments of `load_benchmark`."""
+    """Which federation: the arguments of `load_benchmark`, or a saved partition."""
 
     dataset: str
     data: str | None
@@ -38,16 +40,44 @@ class DataSpec:
     alpha: float | None
     seed: int
     max_train: int | None
+    partition: str | None = None
+    partition_file: str | None = None
+
+    @classmethod
+    def of(cls, choice: DataChoice, seed: int, max_train: int | None = None) -> Self:
+        """A choice of options with a seed; paths become absolute."""
+        data, saved = choice.data, choice.partition_file
+        return cls(
+            choice.dataset,
+            str(data.resolve()) if data is not None else None,
+            choice.sites,
+            choice.alpha,
+            seed,
+            max_train,
+            choice.partition,
+            str(saved.resolve()) if saved is not None else None,
+        )
+
+    @property
+    def choice(self) -> DataChoice:
+        """The same as a choice of options."""
+        data = Path(self.data) if self.data is not None else None
+        saved = Path(self.partition_file) if self.partition_file is not None else None
+        return DataChoice(self.dataset, data, self.sites, self.alpha, self.partition, saved)
 
     def load(self) -> Federation:
-        """Load it. Raises DataError."""
+        """Load it. Raises DataError, ConfigError."""
+        data = Path(self.data) if self.data is not None else None
+        if self.partition_file is not None:
+            return load_partition(Path(self.partition_file), data, dataset=self.dataset)
         return load_benchmark(
             self.dataset,
-            Path(self.data) if self.data is not None else None,
+            data,
             sites=self.sites,
             alpha=self.alpha,
             seed=self.seed,
             max_train=self.max_train,
+            partition=self.partition,
         )
 
 
@@ -120,9 +150,10 @@ def perform(spec: Spec) -> Line:
 
     Raises FedimpresError, LearningError if the run failed.
     """
+    from fedsim.projection import write_projection
     from fedsim.references import POOLED, SINGLE_SITE, run_pooled, run_single_site
     from fedsim.runs import run, write_result
-    from fedsim.summary import curves_of, figures_of
+    from fedsim.summary import curves_of, figures_of, picked_of
 
     folder = Path(spec.folder)
     shutil.rmtree(folder, ignore_errors=True)
@@ -139,6 +170,8 @@ def perform(spec: Spec) -> Line:
             device=spec.device,
             out=folder,
             forgetting_rounds=spec.forgetting_rounds,
+            # The sites are simulated: there is nothing to guard, and hundreds of runs to wait for.
+            check_impressions=False,
         )
     if result.state not in ("DONE", "DEGRADED"):
         raise LearningError(f"the run ended {result.state}: {result.reason}")
@@ -147,7 +180,11 @@ def perform(spec: Spec) -> Line:
     # disk.
     for number in set(made) - {made[i] for i in {0, (len(made) - 1) // 2, len(made) - 1} if made}:
         result.impressions[number].unlink()
-    write_result(replace(result, config_hash=spec.config), spec.command)
+    if made:
+        write_projection(result, federation, folder)
+    # A reference ran on one site of its own making; the split is the federation's.
+    split = partition_record(federation)
+    write_result(replace(result, config_hash=spec.config, split=split), spec.command)
     row = {
         "profile": spec.profile,
         "dataset": spec.data.dataset,
@@ -164,6 +201,9 @@ def perform(spec: Spec) -> Line:
         "config": spec.config,
         "row": row,
         "curves": curves_of(result.records),
+        **picked_of(result.records, result.best_round, result.forgetting),
+        "partition": federation.partition,
+        "split": split_name(split),
         "seconds": round(result.seconds, 3),
         "state": result.state,
         "reason": result.reason,
@@ -179,6 +219,8 @@ def _without_places(spec: Spec) -> dict[str, Any]:
     del document["folder"]
     if spec.data.data is not None:
         document["data"]["data"] = Path(spec.data.data).name
+    if spec.data.partition_file is not None:
+        document["data"]["partition_file"] = Path(spec.data.partition_file).name
     return document
 
 

@@ -21,10 +21,12 @@ def config_hash(
     threads: int,
     forgetting_rounds: int = FORGETTING_ROUNDS,
     reference: str = "",
+    check_impressions: bool = False,
 ) -> str:
     """16 hexadecimal digits that name a configuration: plan less its name and defaults, split, device, threads.
 
-    `reference` tells pooled training and single sites from a federation. Raises PlanError if the plan's
+    `reference` tells pooled training and single sites from a federation, `check_impressions` a federation whose sites
+    check the impressions that they get from one whose sites don't. Raises PlanError if the plan's
     initial model is not there.
     """
     # Less what is at its default: an option that a later version adds changes no name.
@@ -36,6 +38,8 @@ def config_hash(
         del document["training"]["initial"]
     sites = {name: site["sha256"] for name, site in split["sites"].items()}
     parts = [document, initial, sites, device, threads, forgetting_rounds, reference]
+    if check_impressions:
+        parts.append("checks impressions")
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

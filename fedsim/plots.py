@@ -1,11 +1,10 @@
 """Curves with their spread over seeds, as SVG and PNG, by matplotlib without a display."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedcore.errors import StorageError
+from fedsim.figure_files import REFERENCES, colour, new_figure, plain, save, spread_of, stem_of
 from fedsim.statistics import Group, Setting
 
 CURVES = {
@@ -13,6 +12,7 @@ CURVES = {
     "accuracy": "accuracy",
     "worst_site_accuracy": "worst site",
 }
+Point = tuple[int, float, float, float]
 
 
 def write_curves(settings: Sequence[Setting], out: Path) -> list[Path]:
@@ -20,53 +20,44 @@ def write_curves(settings: Sequence[Setting], out: Path) -> list[Path]:
 
     Raises StorageError.
     """
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     written = []
     for setting in settings:
-        figure = Figure(figsize=(5.2 * len(CURVES), 4.2), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(5.2 * len(CURVES), 4.2)
         for axes, (name, title) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
             for index, group in enumerate(setting.groups):
-                _draw(axes, group, name, f"C{index % 10}")
+                draw_curve(axes, group, spread(group, name), colour(index, len(setting.groups)))
             axes.set(title=title, xlabel="round", ylim=(0, 1))
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.grid(alpha=0.3)
+            finish_rounds(axes)
         figure.axes[0].legend(fontsize="small")
-        figure.suptitle(setting.title)
-        stem = f"curves-{re.sub(r'[^a-z0-9.]+', '-', setting.title.lower()).strip('-')}"
-        for suffix in ("svg", "png"):
-            path = out / f"{stem}.{suffix}"
-            try:
-                # The same figures give the same bytes: no date, no random element ids.
-                with mpl.rc_context({"svg.hashsalt": "fedsim"}):
-                    metadata: dict[str, Any] = {"Date": None} if suffix == "svg" else {}
-                    figure.savefig(path, dpi=130, metadata=metadata)
-            except OSError as error:
-                raise StorageError(f"{path}: can't be written: {error}") from error
-            written.append(path)
+        figure.suptitle(plain(setting.title))
+        picture = save(figure, out, stem_of("curves", setting), "Curves")
+        written += [picture.svg, picture.png]
     return written
 
 
-def spread(group: Group, name: str) -> list[tuple[int, float, float, float]]:
+def spread(group: Group, name: str) -> list[Point]:
     """Round, mean, lowest and highest over seeds, where a run has a figure."""
     curves = [line["curves"][name] for line in group.lines]
     found = []
     for index in range(max((len(curve) for curve in curves), default=0)):
-        known = [curve[index] for curve in curves if index < len(curve) and curve[index] is not None]
-        if known:
-            found.append((index + 1, sum(known) / len(known), min(known), max(known)))
+        known = spread_of([curve[index] for curve in curves if index < len(curve)])
+        if known is not None:
+            found.append((index + 1, *known))
     return found
 
 
-def _draw(axes: Any, group: Group, name: str, colour: str) -> None:
-    points = spread(group, name)
+def draw_curve(axes: Any, group: Group, points: Sequence[Point], shade: Any) -> None:
+    """Draw a group's mean and, over several seeds, its spread; nothing without points."""
     if not points:
         return
     rounds, means, lowest, highest = zip(*points, strict=True)
-    dashes = "--" if group.strategy in ("pooled", "single_site") else "-"
-    axes.plot(rounds, means, dashes, color=colour, label=group.label)
+    dashes = "--" if group.strategy in REFERENCES else "-"
+    axes.plot(rounds, means, dashes, color=shade, label=plain(group.label))
     if len(group.lines) > 1:
-        axes.fill_between(rounds, lowest, highest, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(rounds, lowest, highest, color=shade, alpha=0.15, linewidth=0)
+
+
+def finish_rounds(axes: Any) -> None:
+    """Whole rounds below, a faint grid behind."""
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)

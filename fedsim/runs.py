@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fedcore.data.benchmark_sets import Federation, partition_record
+from fedcore.data.saved_partition import partition_text
 from fedcore.device import ComputeDevice, open_device
 from fedcore.errors import ConflictError, StorageError
 from fedcore.plan import Plan
@@ -61,13 +62,15 @@ def run(
     on_round: OnRound | None = None,
     out: Path | None = None,
     forgetting_rounds: int = FORGETTING_ROUNDS,
+    check_impressions: bool = True,
     command: str = "",
 ) -> Result:
     """Simulate `plan` with the sites of `federation`.
 
     On the CPU, plan, split and `threads` determine every bit of the result, and a federation over gRPC with
     as many threads comes to the same. Forgetting is measured in the last `forgetting_rounds` rounds.
-    `on_round(record, model)` is called after each round; the file `model` is there until it returns. `out`
+    `check_impressions` is each site's check of the impressions that it gets (docs/privacy.md); it takes about a tenth of
+    a small site's round. `on_round(record, model)` is called after each round; the file `model` is there until it returns. `out`
     keeps the results, with `command` as the way to repeat them; without it they last as long as the Result.
     torch's settings are put back in the end.
 
@@ -87,6 +90,7 @@ def run(
             folder=scratch,
             forgetting_rounds=forgetting_rounds,
             on_round=on_round,
+            check_impressions=check_impressions,
         )
         outcome = simulation.perform()
         folder = out if out is not None else Path(tempfile.mkdtemp(prefix="fedsim-"))
@@ -97,7 +101,12 @@ def run(
             folder=folder,
             seconds=time.monotonic() - began,
             config=config_hash(
-                plan, split, device=device, threads=threads, forgetting_rounds=forgetting_rounds
+                plan,
+                split,
+                device=device,
+                threads=threads,
+                forgetting_rounds=forgetting_rounds,
+                check_impressions=check_impressions,
             ),
             split=split,
             hardware=hardware_name(opened),
@@ -147,7 +156,7 @@ def write_result(result: Result, command: str) -> None:
         (folder / "rounds.jsonl").write_text("".join(f"{r.model_dump_json()}\n" for r in result.records))
         (folder / "events.jsonl").write_text("".join(f"{e.model_dump_json()}\n" for e in result.events))
         (folder / "plan.json").write_text(result.plan.to_json() + "\n", encoding="utf-8")
-        (folder / "partition.json").write_text(json.dumps(result.split, indent=2) + "\n", encoding="utf-8")
+        (folder / "partition.json").write_text(partition_text(result.split), encoding="utf-8")
         (folder / RUN_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise StorageError(f"{folder}: results can't be written: {error}") from error

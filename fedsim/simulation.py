@@ -86,10 +86,12 @@ class Simulation:
         folder: Path,
         forgetting_rounds: int,
         on_round: OnRound | None,
+        check_impressions: bool,
     ) -> None:
         """`folder` takes artifacts and sites' state; it must be empty. Raises DataError, PlanError."""
         self._plan = plan
         self._device = device
+        self._check_impressions = check_impressions
         self._compute = {"device": device_option, "threads": device.threads}
         self._folder = folder
         self._on_round = on_round
@@ -210,6 +212,7 @@ class Simulation:
                     "objective": self._state.objective,
                     "objective_options": json.loads(self._state.objective_options_json),
                     "local_tensors": list(self._state.local_tensors),
+                    "check_impressions": self._check_impressions,
                     "out": str(out),
                 },
                 QuietJob(),

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from fedagent.compute import AgentCompute
+from fedagent.image_distance import Tick
+from fedagent.impression_check import SitePictures
 from fedagent.resident import ResidentImages
 from fedagent.site_images import SiteImages
 from fedcore.compute_worker import Job
@@ -30,6 +32,7 @@ class MemoryImages(SiteImages):
         names = federation.class_names
         self._sites = {name: site_data(split, plan, names, name) for name, split in federation.sites.items()}
         self._resident: dict[str, ResidentImages] = {}
+        self._pictures: dict[str, SitePictures] = {}
 
     def get(
         self, data: Mapping[str, Any], plan: Plan, device: ComputeDevice
@@ -40,6 +43,16 @@ class MemoryImages(SiteImages):
         if name not in self._resident:
             self._resident[name] = ResidentImages.of(site.train, device)
         return site, self._resident[name]
+
+    def pictures(
+        self, data: Mapping[str, Any], plan: Plan, device: ComputeDevice, tick: Tick
+    ) -> SitePictures:
+        """What impressions are compared with at the site `data["site"]`, made once."""
+        name = str(data["site"])
+        if name not in self._pictures:
+            site, train = self.get(data, plan, device)
+            self._pictures[name] = SitePictures.of(train, (site.validation, site.test), tick)
+        return self._pictures[name]
 
     def __getitem__(self, site: str) -> SiteData:
         """All splits of a site."""

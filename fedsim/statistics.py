@@ -78,10 +78,7 @@ def settings_of(lines: Sequence[Mapping[str, Any]]) -> list[Setting]:
     found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for line in lines:
         row = line["row"]
-        skew = "" if row["alpha"] is None else f", alpha {row['alpha']:g}"
-        sites = line["spec"]["data"]["sites"]
-        count = f", {sites} sites" if sites else ""
-        title = f"{row['dataset']}{skew}{count}, {row['model']}, {row['profile']} profile"
+        title = f"{row['dataset']}{_split_words(line)}, {row['model']}, {row['profile']} profile"
         label = row["strategy"] if row["ablation"] is None else f"{row['strategy']} {row['ablation']}"
         found.setdefault(title, {}).setdefault(label, []).append(line)
     return [
@@ -90,3 +87,16 @@ def settings_of(lines: Sequence[Mapping[str, Any]]) -> list[Setting]:
         )
         for title, groups in found.items()
     ]
+
+
+def _split_words(line: Mapping[str, Any]) -> str:
+    """How a run's images were dealt, as it stands in a title; lines of older versions know alpha and sites only."""
+    alpha, data = line["row"]["alpha"], line["spec"]["data"]
+    words = [f"alpha {alpha:g}"] if alpha is not None else []
+    if data.get("partition"):
+        words = [data["partition"]]
+    if data.get("partition_file"):
+        words.append(f"split {line['split']} of {data['partition_file']}")
+    if data["sites"]:
+        words.append(f"{data['sites']} sites")
+    return "".join(f", {word}" for word in words)

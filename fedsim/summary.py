@@ -57,6 +57,20 @@ def figures_of(
     return row
 
 
+def picked_of(
+    records: Sequence[RoundRecord], best_round: int | None, forgetting: Mapping[int, float | None]
+) -> dict[str, Any]:
+    """What plots need beyond the row: accuracy of each site and recall of each class in the round that validation
+    picked (`picked`, None without such a round), and each measured round's forgetting.
+    """
+    best = next((record for record in records if record.round == best_round), None)
+    picked = None
+    if best is not None:
+        sites = {name: figures.accuracy for name, figures in best.sites.items()}
+        picked = {"sites": sites, "classes": dict(best.classes or {})}
+    return {"picked": picked, "forgetting": {str(number): value for number, value in forgetting.items()}}
+
+
 def rounds_to_share(records: Sequence[RoundRecord], final: float | None) -> int | None:
     """The first round whose balanced accuracy is 90 % of the final value."""
     if final is None:

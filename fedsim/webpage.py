@@ -1,30 +1,42 @@
 """The report of a comparison as one HTML file that needs nothing from elsewhere."""
 
-from collections.abc import Sequence
+import base64
+from collections.abc import Mapping, Sequence
 from html import escape
 
+from fedcore.errors import StorageError
 from fedcore.report.charts import Series, line_chart
 from fedcore.report.style import CSS
+from fedsim.figure_files import Picture
 from fedsim.plots import CURVES, spread
 from fedsim.statistics import Group, Setting
 from fedsim.tables import body_of, differences_of, head_of
 
 
-def page(settings: Sequence[Setting], note: str) -> str:
-    """The page: for each setting the table of means, the paired differences, the curves, and the runs."""
-    sections = [section for setting in settings for section in _sections(setting)]
+def page(
+    settings: Sequence[Setting], note: str, pictures: Mapping[str, Sequence[Picture]] | None = None
+) -> str:
+    """The page: for each setting the table of means, the paired differences, the curves, the pictures, and the runs.
+
+    `pictures` are by the setting's title and go into the page whole. Raises StorageError if one can't be read.
+    """
+    sections = [
+        section
+        for setting in settings
+        for section in _sections(setting, (pictures or {}).get(setting.title, ()))
+    ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
         f"<title>fedsim</title><style>{CSS}</style></head><body><main><h1>Strategies compared</h1>"
         f'<p class="soft">{escape(note)}</p>{"".join(sections)}'
         "<footer>Made by fedsim.</footer></main></body></html>\n"
     )
 
 
-def _sections(setting: Setting) -> list[str]:
+def _sections(setting: Setting, pictures: Sequence[Picture]) -> list[str]:
     cards = [_card(setting.title, _table(head_of(), body_of(setting)))]
     differences = differences_of(setting)
     if differences and setting.baseline is not None:
@@ -38,6 +50,7 @@ def _sections(setting: Setting) -> list[str]:
     ]
     listed = _table(["strategy", "seed", "configuration", "model", "seconds"], runs)
     cards.append(f'<div class="grid">{charts}</div>')
+    cards += [_card(picture.title, _image(picture)) for picture in pictures]
     cards.append(_card("Runs", f"<details><summary>{len(runs)} runs</summary>{listed}</details>"))
     return cards
 
@@ -57,6 +70,15 @@ def _chart(groups: Sequence[Group], name: str, title: str) -> str:
     ]
     chart = line_chart(rounds, series, label=title, top=1.0)
     return f'<section class="card"><h2>{escape(title.capitalize())}, mean over seeds</h2>{chart}</section>'
+
+
+def _image(picture: Picture) -> str:
+    try:
+        data = base64.b64encode(picture.png.read_bytes()).decode("ascii")
+    except OSError as error:
+        raise StorageError(f"{picture.png}: can't be read: {error}") from error
+    style = "display:block;max-width:100%;margin:auto;border-radius:8px"
+    return f'<img src="data:image/png;base64,{data}" alt="{escape(picture.title)}" style="{style}">'
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

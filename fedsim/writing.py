@@ -1,4 +1,4 @@
-"""Writes what many runs came to: table.json, .csv and .md, curves as SVG and PNG, report.html."""
+"""Writes what many runs came to: table.json, .csv and .md, pictures as SVG and PNG, report.html."""
 
 import json
 import os
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.errors import StorageError
+from fedsim.bars import write_bars
+from fedsim.impression_plots import write_impressions
 from fedsim.plots import write_curves
 from fedsim.statistics import settings_of
 from fedsim.tables import NOTE, csv_table, markdown
@@ -16,14 +18,17 @@ Line = Mapping[str, Any]
 
 
 def write_results(lines: Sequence[Line], out: Path) -> None:
-    """Write everything about these runs into `out`. Raises StorageError."""
+    """Write everything about these runs into `out`, where their folders lie. Raises StorageError."""
     settings = settings_of(lines)
     rows = [line["row"] for line in lines]
     write_text(out / "table.json", json.dumps(rows, indent=2) + "\n")
     write_text(out / "table.csv", csv_table(rows))
     write_text(out / "table.md", markdown(settings))
     write_curves(settings, out)
-    write_text(out / "report.html", page(settings, NOTE.replace("*", "")))
+    pictures = {
+        setting.title: [*write_bars(setting, out), *write_impressions(setting, out)] for setting in settings
+    }
+    write_text(out / "report.html", page(settings, NOTE.replace("*", ""), pictures))
 
 
 def write_text(path: Path, text: str) -> None:

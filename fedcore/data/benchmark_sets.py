@@ -7,53 +7,70 @@ test part) |
 | bloodmnist | an npz with MedMNIST's keys and BloodMNIST's eight classes (Acevedo et al. 2020; Yang et al.
 2023) |
 | wbc_multisite | four real sites' white blood cells (pbc, tecom, cellavision, bccd), four classes |
-| PATH.npz | any npz with MedMNIST's keys |
+| PATH.npz | any npz with MedMNIST's keys; {train,val,test}_sites, if there, tell each image's real site |
 
-No torch here. The same arguments give the same split on every machine; `partition_record` says how to get it
-again, `load_recorded` does and checks the bytes.
+No torch here. The same arguments give the same split on every machine; `partition_record` says which image is where,
+`load_recorded` loads that again and checks the bytes.
 """
 
-import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 from fedcore.data import partition
-from fedcore.data.dataset import SPLITS, ImageArray, IndexArray, LabelArray, LabelledImages, Split
-from fedcore.data.images import convert_array
-from fedcore.data.labels import check_label_array
-from fedcore.data.npz_reader import FILE_KEYS, open_npz, read_array
-from fedcore.data.splits import cut_held_out_by, stratified_sample
-from fedcore.errors import DataError
+from fedcore.data.benchmark_sources import (
+    BENCHMARK_NAMES,
+    REAL_SITES,
+    WBC_SITES,
+    Cut,
+    Source,
+    images_digest,
+    read_source,
+)
+from fedcore.data.dataset import SPLITS, IndexArray, LabelledImages, Split
+from fedcore.data.feature_shift import Shift, apply_shift, draw_shift
+from fedcore.data.partition_scheme import BY_SITE, Scheme, choose_scheme, deal, scheme_of
+from fedcore.data.saved_partition import SavedPartition, check_record, read_record
+from fedcore.data.splits import stratified_sample
+from fedcore.errors import ConfigError, DataError
 from fedcore.seeding import derive_seed
 
-BENCHMARK_NAMES = ("digits", "bloodmnist", "wbc_multisite")
-BLOOD_CLASSES = (
-    "basophil", "eosinophil", "erythroblast", "immature granulocyte", "lymphocyte", "monocyte", "neutrophil",
-    "platelet",
-)  # fmt: skip
-WBC_SITES = ("pbc", "tecom", "cellavision", "bccd")
-# The file's class 4, basophil, is left out: it hardly occurs outside pbc.
-WBC_CLASSES = ("neutrophil", "lymphocyte", "monocyte", "eosinophil")
-# pbc is a hundred times larger than cellavision; cut, the sites weigh alike.
-WBC_MOST: Mapping[Split, int] = {"train": 300, "validation": 100, "test": 150}
+__all__ = [
+    "BENCHMARK_NAMES",
+    "Federation",
+    "SiteSplit",
+    "load_benchmark",
+    "load_partition",
+    "load_recorded",
+    "partition_record",
+    "write_site",
+]
+
 DEFAULT_SITES = 4
 HELD_OUT: tuple[Split, ...] = ("validation", "test")
-REBUILT_BLOOD_MD5 = "2a6c54369dbe8819f9b2ee4ad840425d"
 
 
 @dataclass(frozen=True, slots=True)
 class SiteSplit:
-    """What one site holds."""
+    """What one site holds.
+
+    `indices` says which images of the data set these are and `shift` how they were changed, where that is known.
+    """
 
     train: LabelledImages
     validation: LabelledImages
     test: LabelledImages
+    indices: Cut | None = None
+    shift: Shift | None = None
+
+    @property
+    def parts(self) -> tuple[LabelledImages, LabelledImages, LabelledImages]:
+        """Train, validation, test."""
+        return self.train, self.validation, self.test
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +78,9 @@ class Federation:
     """A benchmark's sites by name, in order, and what a plan needs to know of them.
 
     `input` is (channels, height, width). `pooled_test` holds the images of all sites' test splits. `method`
-    is how the images were dealt: "dirichlet", "iid" or "real sites".
+    is how the images were dealt: "dirichlet", "iid", "shards", "quantity" or "real sites"; `partition` says it with
+    its numbers (`fedcore.data.partition_scheme`), "" for sites of your own. `data_sha256` is the digest of the whole
+    data set.
     """
 
     dataset: str
@@ -74,6 +93,8 @@ class Federation:
     alpha: float | None
     seed: int
     max_train: int | None = None
+    partition: str = ""
+    data_sha256: str | None = None
 
 
 def load_benchmark(
@@ -84,56 +105,27 @@ def load_benchmark(
     alpha: float | None = None,
     seed: int = 0,
     max_train: int | None = None,
+    partition: str | None = None,
 ) -> Federation:
     """Load `dataset` and deal it over `sites` (4 unless said otherwise).
 
-    `alpha` is the Dirichlet label skew, None deals alike; `wbc_multisite` has its own sites and takes no
-    alpha. `max_train` cuts the training images in all to a stratified sample. Validation and test images go
-    to the sites in their training class proportions. Raises DataError if the data is not there or can't be
-    dealt so.
+    `partition` is a scheme's text (`fedcore.data.partition_scheme`). Without it `alpha` is the Dirichlet label skew,
+    and None deals alike; `wbc_multisite` has its own sites, and an `alpha` alone says nothing of them. `max_train`
+    cuts the training images in all to a stratified sample. Validation and test images go to the sites in their
+    training class proportions. Raises DataError if the data is not there or can't be dealt so, ConfigError if
+    `partition` is wrong or contradicts `alpha` or the data set.
     """
-    if dataset == "wbc_multisite":
-        return _real_sites(_existing(dataset, data_path), sites, seed, max_train)
-    pools, names, description = _load_pools(dataset, data_path, seed)
-    train = pools["train"]
-    if max_train is not None and max_train < len(train):
-        rng = np.random.default_rng(derive_seed(seed, "benchmark sample"))
-        train = train.take(stratified_sample(train.labels, max_train, rng))
-    count = DEFAULT_SITES if sites is None else sites
-    dealt = _deal(train.labels, count, alpha, seed)
-    counts = [partition.class_counts(train.labels[part], len(names)) for part in dealt]
-    held_out: dict[Split, list[IndexArray]] = {
-        split: partition.proportional_split(
-            pools[split].labels, counts, seed=derive_seed(seed, "benchmark deal", split)
-        )
-        for split in HELD_OUT
-    }
-    shape = train.images.shape
-    return Federation(
-        dataset=dataset,
-        sites={
-            f"site-{n + 1}": SiteSplit(
-                train.take(dealt[n]),
-                pools["validation"].take(held_out["validation"][n]),
-                pools["test"].take(held_out["test"][n]),
-            )
-            for n in range(count)
-        },
-        class_names=names,
-        input=(shape[3], shape[1], shape[2]),
-        pooled_test=pools["test"],
-        description=description,
-        method="iid" if alpha is None else "dirichlet",
-        alpha=alpha,
-        seed=seed,
-        max_train=max_train,
+    real = dataset == REAL_SITES
+    scheme = choose_scheme(
+        partition, None if real and partition is None else alpha, dataset=dataset, real_sites=real
     )
+    return _deal(read_source(dataset, data_path), scheme, sites=sites, seed=seed, max_train=max_train)
 
 
 def write_site(split: SiteSplit, path: Path) -> None:
     """Write a site's splits as an npz with MedMNIST's keys, images [N, H, W, C], labels [N, 1]."""
     arrays: dict[str, NDArray[Any]] = {}
-    for key, part in (("train", split.train), ("val", split.validation), ("test", split.test)):
+    for key, part in zip(("train", "val", "test"), split.parts, strict=True):
         arrays[f"{key}_images"] = part.images
         arrays[f"{key}_labels"] = part.labels[:, np.newaxis]
     with path.open("wb") as file:
@@ -142,9 +134,10 @@ def write_site(split: SiteSplit, path: Path) -> None:
 
 def partition_record(federation: Federation) -> dict[str, Any]:
     """What gives this split again, and what it is: JSON-able. Class counts are of training images."""
-    classes = len(federation.class_names)
     return {
         "dataset": federation.dataset,
+        "data_sha256": federation.data_sha256,
+        "partition": federation.partition,
         "method": federation.method,
         "alpha": federation.alpha,
         "seed": federation.seed,
@@ -153,184 +146,215 @@ def partition_record(federation: Federation) -> dict[str, Any]:
         "input": list(federation.input),
         "description": federation.description,
         "sites": {
-            name: {
-                "train": len(split.train),
-                "validation": len(split.validation),
-                "test": len(split.test),
-                "class_counts": partition.class_counts(split.train.labels, classes),
-                "sha256": _digest(split),
-            }
-            for name, split in federation.sites.items()
+            name: _site_record(split, len(federation.class_names)) for name, split in federation.sites.items()
         },
     }
 
 
-def load_recorded(record: Mapping[str, Any], data_path: Path | None = None) -> Federation:
-    """Load the split that a `partition_record` names. Raises DataError if its bytes are others."""
-    federation = load_benchmark(
-        record["dataset"],
-        data_path,
-        sites=len(record["sites"]),
-        alpha=record["alpha"],
-        seed=record["seed"],
-        max_train=record["max_train"],
-    )
-    for name, site in record["sites"].items():
-        if name not in federation.sites or _digest(federation.sites[name]) != site["sha256"]:
+def load_recorded(
+    record: Mapping[str, Any], data_path: Path | None = None, *, who: str | None = None
+) -> Federation:
+    """Load the split of a `partition_record`: by its indices, or dealt again where it has none.
+
+    Raises DataError, which calls the record `who`, if it is damaged or the data is not what it was made of.
+    """
+    saved = check_record(record, who or f"split of {record.get('dataset')}")
+    who = who or f"split of {saved.dataset}"
+    source = read_source(saved.dataset, data_path)
+    if saved.data_sha256 not in (None, source.sha256):
+        raise DataError(
+            f"{who}: made of other images: {data_path or saved.dataset} has sha256 {source.sha256[:12]}..., "
+            f"expected {saved.data_sha256[:12]}...",
+            hint="give the file that it was made of",
+        )
+    scheme = _scheme_of(saved, who)
+    if any(site.indices is None for site in saved.sites.values()):
+        count = None if scheme.method == BY_SITE else len(saved.sites)
+        federation = _deal(source, scheme, sites=count, seed=saved.seed, max_train=saved.max_train)
+    else:
+        dealt = _indices_of(saved, len(source.images), who)
+        federation = _federation(
+            source, scheme, dealt, _shifts_of(saved, source, who), saved.seed, saved.max_train
+        )
+    for name, site in saved.sites.items():
+        if name not in federation.sites or images_digest(federation.sites[name].parts) != site.sha256:
             raise DataError(
-                f"{record['dataset']}: {name} is not as recorded (sha256 {site['sha256'][:12]}...)",
-                hint="the data file or the version of numpy or fedimpres is another one",
+                f"{who}: {name} is not as recorded (sha256 {site.sha256[:12]}...)",
+                hint="the record is damaged, or the data file or the version of numpy or fedimpres is another one",
             )
     return federation
 
 
-def _load_pools(
-    dataset: str, data_path: Path | None, seed: int
-) -> tuple[dict[Split, LabelledImages], tuple[str, ...], str]:
-    if dataset == "digits":
-        everything = _load_digits()
-        description = (
-            "scikit-learn's digits (UCI optdigits), 8x8 grey; split 60/20/20, stratified, by the seed"
+def load_partition(path: Path, data_path: Path | None = None, *, dataset: str | None = None) -> Federation:
+    """Load the split that a partition.json holds. `dataset`, if given, must be its data set. Raises DataError."""
+    record = read_record(path)
+    recorded = str(record["dataset"])
+    own_file = recorded.endswith(".npz") and (dataset or "").endswith(".npz")
+    if dataset is not None and dataset != recorded and not own_file:
+        raise DataError(
+            f"{path}: is a split of '{recorded}', asked for '{dataset}'", hint="leave --dataset out"
         )
-        return _redraw(everything, derive_seed(seed, "digits")), tuple(str(n) for n in range(10)), description
-    if dataset == "bloodmnist":
-        path = _existing(dataset, data_path)
-        return _load_npz(path, seed, BLOOD_CLASSES), BLOOD_CLASSES, _describe_blood(path)
-    if dataset.endswith(".npz"):
-        path = _existing(dataset, Path(dataset))
-        pools = _load_npz(path, seed, None)
-        classes = 1 + max(int(pool.labels.max(initial=0)) for pool in pools.values())
-        return pools, tuple(str(n) for n in range(classes)), f"{path.name}"
-    raise DataError(
-        f"unknown benchmark '{dataset}', known: {', '.join(BENCHMARK_NAMES)}, or the path of an npz"
-    )
+    # A file of the user's own may have moved: its digest says whether it is the one.
+    return load_recorded({**record, "dataset": dataset} if own_file else record, data_path, who=str(path))
 
 
-def _existing(dataset: str, path: Path | None) -> Path:
-    hint = "give --data PATH: an npz with MedMNIST's keys"
-    if dataset == "bloodmnist":
-        hint += ", bloodmnist.npz from medmnist.com or the rebuilt one in shared/data"
-    if dataset == "wbc_multisite":
-        hint = "give --data PATH: an npz with SITE_{train,test}_{images,labels}, as in shared/data"
-    if path is None:
-        raise DataError(f"{dataset}: no data file given", hint=hint)
-    if not path.is_file():
-        raise DataError(f"{dataset}: {path}: no such file", hint=hint)
-    return path
+def _deal(
+    source: Source, scheme: Scheme, *, sites: int | None, seed: int, max_train: int | None
+) -> Federation:
+    if scheme.method == BY_SITE:
+        dealt = _by_site(source, sites, seed, max_train)
+    else:
+        dealt = _over_sites(source, scheme, DEFAULT_SITES if sites is None else sites, seed, max_train)
+    channels = source.images.images.shape[3]
+    shifts = {
+        name: draw_shift(scheme.shift, channels, seed=derive_seed(seed, "feature shift", name))
+        for name in dealt
+        if scheme.shift
+    }
+    return _federation(source, scheme, dealt, shifts, seed, max_train)
 
 
-def _load_digits() -> LabelledImages:
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    # Ink is 0..16.
-    pixels = np.rint(images.reshape(-1, 8, 8, 1) * (255.0 / 16.0)).astype(np.uint8)
-    return LabelledImages(pixels, labels.astype(np.int64))
-
-
-def _load_npz(path: Path, seed: int, names: tuple[str, ...] | None) -> dict[Split, LabelledImages]:
-    with open_npz(path) as file:
-        pools = {
-            split: _labelled(file, key, path, names)
-            for split, key in FILE_KEYS.items()
-            if split == "train" or f"{key}_images" in file
-        }
-    if len(pools) < 3:
-        lacking: set[Split] = {split for split in SPLITS if split not in pools}
-        cut = cut_held_out_by(
-            pools["train"].labels.tolist(),
-            validation_fraction=0.2 if "validation" in lacking else 0.0,
-            test_fraction=0.2 if "test" in lacking else 0.0,
-            seed=derive_seed(seed, "benchmark split"),
-        )
-        whole = pools["train"]
-        pools |= {
-            split: whole.take(indices) for split, indices in cut.items() if split in {"train", *lacking}
-        }
-    return pools
-
-
-def _real_sites(path: Path, sites: int | None, seed: int, max_train: int | None) -> Federation:
-    if sites not in (None, len(WBC_SITES)):
+def _by_site(source: Source, sites: int | None, seed: int, max_train: int | None) -> dict[str, Cut]:
+    if source.dataset == REAL_SITES and sites not in (None, len(WBC_SITES)):
         raise DataError(
             f"wbc_multisite has {len(WBC_SITES)} real sites, got sites = {sites}", hint="leave it out"
         )
+    dealt = source.site_pools(seed)
+    if sites not in (None, len(dealt)):
+        raise DataError(
+            f"{source.dataset} has {len(dealt)} real sites, got sites = {sites}", hint="leave it out"
+        )
     if max_train is not None:
-        raise DataError("wbc_multisite: max_train is not for real sites, they are small")
-    with open_npz(path) as file:
-        splits = {name: _real_site(file, path, name, seed) for name in WBC_SITES}
-    shape = splits["pbc"].train.images.shape
+        raise DataError(f"{source.dataset}: max_train is not for real sites", hint="leave it out")
+    return dealt
+
+
+def _over_sites(
+    source: Source, scheme: Scheme, count: int, seed: int, max_train: int | None
+) -> dict[str, Cut]:
+    labels = source.images.labels
+    pools = source.pools(seed)
+    train = pools["train"]
+    if max_train is not None and max_train < len(train):
+        rng = np.random.default_rng(derive_seed(seed, "benchmark sample"))
+        train = train[stratified_sample(labels[train], max_train, rng)]
+    parts = [
+        train[part] for part in deal(scheme, labels[train], count, seed=derive_seed(seed, "benchmark deal"))
+    ]
+    counts = [partition.class_counts(labels[part], len(source.class_names)) for part in parts]
+    dealt: dict[Split, list[IndexArray]] = {"train": parts}
+    for split in HELD_OUT:
+        pool = pools[split]
+        shares = partition.proportional_split(
+            labels[pool], counts, seed=derive_seed(seed, "benchmark deal", split)
+        )
+        dealt[split] = [pool[share] for share in shares]
+    return {f"site-{n + 1}": {split: dealt[split][n] for split in SPLITS} for n in range(count)}
+
+
+def _federation(
+    source: Source,
+    scheme: Scheme,
+    dealt: Mapping[str, Cut],
+    shifts: Mapping[str, Shift],
+    seed: int,
+    max_train: int | None,
+) -> Federation:
+    sites = {name: _site(source, cut, shifts.get(name)) for name, cut in dealt.items()}
+    if scheme.method == BY_SITE or shifts:
+        pooled = _joined([split.test for split in sites.values()])
+    else:
+        pooled = source.images.take(np.sort(np.concatenate([cut["test"] for cut in dealt.values()])))
+    _, height, width, channels = source.images.images.shape
     return Federation(
-        dataset="wbc_multisite",
-        sites=splits,
-        class_names=WBC_CLASSES,
-        input=(shape[3], shape[1], shape[2]),
-        pooled_test=LabelledImages(
-            np.concatenate([split.test.images for split in splits.values()]),
-            np.concatenate([split.test.labels for split in splits.values()]),
-        ),
-        description="white blood cells of four real sites, basophils left out; each site's images pooled and "
-        f"redrawn 60/20/20, stratified, by the seed; pbc cut to {WBC_MOST['train']} training images",
-        method="real sites",
-        alpha=None,
+        dataset=source.dataset,
+        sites=sites,
+        class_names=source.class_names,
+        input=(channels, height, width),
+        pooled_test=pooled,
+        description=source.description,
+        method="real sites" if scheme.method == BY_SITE else scheme.method,
+        alpha=scheme.alpha,
         seed=seed,
+        max_train=max_train,
+        partition=scheme.text,
+        data_sha256=source.sha256,
     )
 
 
-def _real_site(file: NpzFile, path: Path, name: str, seed: int) -> SiteSplit:
-    stored = (*WBC_CLASSES, "basophil")
-    parts = [_labelled(file, f"{name}_{half}", path, stored) for half in ("train", "test")]
-    images = np.concatenate([part.images for part in parts])
-    labels = np.concatenate([part.labels for part in parts])
-    kept = np.flatnonzero(labels < len(WBC_CLASSES))
-    drawn = _redraw(LabelledImages(images[kept], labels[kept]), derive_seed(seed, "wbc", name))
-    rng = np.random.default_rng(derive_seed(seed, "wbc sample", name))
-    for split, most in WBC_MOST.items():
-        if len(drawn[split]) > most:
-            drawn[split] = drawn[split].take(stratified_sample(drawn[split].labels, most, rng))
-    return SiteSplit(drawn["train"], drawn["validation"], drawn["test"])
+def _site(source: Source, cut: Cut, shift: Shift | None) -> SiteSplit:
+    def taken(split: Split) -> LabelledImages:
+        part = source.images.take(cut[split])
+        return part if shift is None else LabelledImages(apply_shift(part.images, shift, split), part.labels)
+
+    return SiteSplit(taken("train"), taken("validation"), taken("test"), indices=cut, shift=shift)
 
 
-def _deal(labels: LabelArray, count: int, alpha: float | None, seed: int) -> list[IndexArray]:
-    draw = derive_seed(seed, "benchmark deal")
-    if alpha is None:
-        return partition.iid(labels, count, seed=draw)
-    return partition.dirichlet(labels, count, alpha, seed=draw)
+def _joined(parts: Sequence[LabelledImages]) -> LabelledImages:
+    return LabelledImages(
+        np.concatenate([part.images for part in parts]), np.concatenate([part.labels for part in parts])
+    )
 
 
-def _redraw(images: LabelledImages, seed: int) -> dict[Split, LabelledImages]:
-    cut = cut_held_out_by(images.labels.tolist(), validation_fraction=0.2, test_fraction=0.2, seed=seed)
-    return {split: images.take(indices) for split, indices in cut.items()}
+def _site_record(split: SiteSplit, classes: int) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "train": len(split.train),
+        "validation": len(split.validation),
+        "test": len(split.test),
+        "class_counts": partition.class_counts(split.train.labels, classes),
+        "sha256": images_digest(split.parts),
+    }
+    if split.shift is not None:
+        record["shift"] = asdict(split.shift)
+    if split.indices is not None:
+        record["indices"] = {name: split.indices[name].tolist() for name in SPLITS}
+    return record
 
 
-def _labelled(file: NpzFile, key: str, path: Path, names: tuple[str, ...] | None) -> LabelledImages:
-    stored = read_array(file, f"{key}_images", path)
-    numbers = read_array(file, f"{key}_labels", path)
-    who = f"{path}: {key}"
-    if stored.ndim not in (3, 4):
-        raise DataError(f"{who}: images have shape {list(stored.shape)}, expected [N, H, W] or [N, H, W, C]")
-    channels = stored.shape[3] if stored.ndim == 4 else 1
-    images: ImageArray
-    images, good = convert_array(stored, (channels, stored.shape[1], stored.shape[2]), who=who)
-    labels = check_label_array(numbers, len(images), who)
-    if not good.all():
-        raise DataError(f"{who}: {int((~good).sum())} images hold NaN or values out of range")
-    highest = len(names) - 1 if names else 9_999
-    if labels.dtype.kind == "U" or labels.min(initial=0) < 0 or labels.max(initial=0) > highest:
-        raise DataError(f"{who}: labels must be numbers from 0 to {highest}")
-    return LabelledImages(images, labels.astype(np.int64))
+def _scheme_of(saved: SavedPartition, who: str) -> Scheme:
+    if saved.partition:
+        try:
+            return scheme_of(saved.partition)
+        except ConfigError as error:
+            raise DataError(
+                f"{who}: {error.message}", hint="the record is damaged; use a whole one"
+            ) from error
+    real = saved.dataset == REAL_SITES
+    return choose_scheme(None, None if real else saved.alpha, dataset=saved.dataset, real_sites=real)
 
 
-def _describe_blood(path: Path) -> str:
-    with path.open("rb") as file:
-        rebuilt = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    return "rebuilt BloodMNIST, own split" if rebuilt == REBUILT_BLOOD_MD5 else f"BloodMNIST ({path.name})"
+def _indices_of(saved: SavedPartition, count: int, who: str) -> dict[str, Cut]:
+    """Each site's indices as arrays. Raises DataError if one is out of range, out of order or there twice."""
+    dealt: dict[str, Cut] = {}
+    seen = np.zeros(count, dtype=bool)
+    for name, site in saved.sites.items():
+        cut: dict[Split, IndexArray] = {}
+        for split in SPLITS:
+            assert site.indices is not None
+            indices = np.array(site.indices[split], dtype=np.int64)
+            place = f"{who}: sites.{name}.indices.{split}"
+            hint = "the record is damaged; use a whole one"
+            if indices.max(initial=-1) >= count:
+                raise DataError(f"{place}: {indices.max()}, the data set has {count} images", hint=hint)
+            if (np.diff(indices) <= 0).any() or seen[indices].any():
+                raise DataError(f"{place}: out of order, or an image is there twice", hint=hint)
+            seen[indices] = True
+            cut[split] = indices
+        dealt[name] = cut
+    return dealt
 
 
-def _digest(split: SiteSplit) -> str:
-    digest = hashlib.sha256()
-    for part in (split.train, split.validation, split.test):
-        digest.update(repr(part.images.shape).encode())
-        digest.update(np.ascontiguousarray(part.images).data)
-        digest.update(part.labels.astype("<i8").tobytes())
-    return digest.hexdigest()
+def _shifts_of(saved: SavedPartition, source: Source, who: str) -> dict[str, Shift]:
+    channels = source.images.images.shape[3]
+    shifts: dict[str, Shift] = {}
+    for name, site in saved.sites.items():
+        if site.shift is None:
+            continue
+        if len(site.shift.stain) != channels:
+            raise DataError(
+                f"{who}: sites.{name}.shift.stain: {len(site.shift.stain)} numbers for {channels} channels",
+                hint="the record is damaged; use a whole one",
+            )
+        values = site.shift.model_dump()
+        shifts[name] = Shift(**{**values, "stain": tuple(site.shift.stain)})
+    return shifts

@@ -35,9 +35,11 @@ def line_chart(
     label: str,
     top: float | None = None,
     show: Callable[[float], str] = percent,
+    mark: tuple[int, str] | None = None,
 ) -> str:
     """Lines over rounds. `top` ends the y axis, which starts at 0; without it, the largest value does.
 
+    `mark` is a round, one of `rounds`, that an upright line with a word beside it points out.
     Series without a value are left out; returns "" when none is left.
     """
     lines = [s for s in series if any(v is not None for v in s.values)]
@@ -47,6 +49,8 @@ def line_chart(
     ticks = nice_ticks(top if top is not None else largest)
     place = _Placement(rounds, ticks[-1])
     body = [_axes(place, rounds, ticks, show)]
+    if mark is not None:
+        body.append(_mark(place.x(mark[0]), mark[1]))
     for index, line in enumerate(lines):
         body.append(_line(place, rounds, line, index % COLOURS + 1, show))
     return _svg(body, label) + (legend([s.name for s in lines]) if len(lines) > 1 else "")
@@ -161,6 +165,16 @@ def _axes(
     x = (_LEFT + _WIDTH - _RIGHT) / 2
     out.append(f'<text class="tick" x="{x:.0f}" y="{_HEIGHT - 3}" text-anchor="middle">round</text>')
     return "".join(out)
+
+
+def _mark(x: float, text: str) -> str:
+    """An upright line, its word on the side that has more room."""
+    left = x > (_LEFT + _WIDTH - _RIGHT) / 2
+    return (
+        f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/>'
+        f'<text class="tick" x="{x - 6 if left else x + 6:.1f}" y="{_TOP + 10}" '
+        f'text-anchor="{"end" if left else "start"}">{escape(text)}</text>'
+    )
 
 
 def _line(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedcore.errors import StorageError
 from fedcore.report.charts import Series, bars, line_chart, percent, stacked_columns
+from fedcore.report.closeness import closeness
+from fedcore.report.local_training import local_training
 from fedcore.report.style import CSS
 
 if TYPE_CHECKING:
@@ -34,8 +36,8 @@ def write_report(
     """Write the report of a run to `path`, whole or not at all.
 
     `records` are round records (`RoundRecord` as objects, oldest first). `facts` stand below the title.
-    `impressions` holds the pictures of some rounds, oldest first; the last are shown openly, the others
-    folded. `holdings` is how many training images of each class a site has, where that is no secret (demo,
+    `impressions` holds the pictures of some rounds, oldest first; all of the last are shown, and one a class
+    over those rounds. `holdings` is how many training images of each class a site has, where that is no secret (demo,
     simulation). `command` and `plan_toml` say how to repeat the run. Raises StorageError if the file can't
     be written.
     """
@@ -45,7 +47,9 @@ def write_report(
         _curves(records),
         _final_bars(records),
         _holdings(holdings or {}),
+        local_training(records),
         _impressions(impressions, tuple(class_names)),
+        closeness(records),
         _round_table(records),
         _repeat(command, plan_toml),
     ]
@@ -198,19 +202,18 @@ def _impressions(impressions: Sequence["Pictures"], class_names: tuple[str, ...]
     if not impressions:
         return ""
     from fedcore.report.pictures import picture_rows
+    from fedcore.report.timeline import timeline
 
-    *earlier, last = impressions
-    folded = "".join(
-        f"<details><summary>after round {p.round}: {len(p.labels)} impressions</summary>"
-        f"{picture_rows(p, class_names)}</details>"
-        for p in reversed(earlier)
-    )
+    last = impressions[-1]
     note = (
         f'<p class="soft">Made by the coordinator from the global model alone, after round {last.round}; '
         "the sites mix them with their own images.</p>"
     )
-    body = f"{note}{picture_rows(last, class_names)}{folded}"
-    return f'<div class="grid">{_card(f"{len(last.labels)} impressions", body)}</div>'
+    body = f"{note}{picture_rows(last, class_names)}"
+    return (
+        f'<div class="grid">{timeline(impressions, class_names)}'
+        f"{_card(f'{len(last.labels)} impressions', body)}</div>"
+    )
 
 
 def _round_table(records: Sequence[Record]) -> str:

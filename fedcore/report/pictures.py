@@ -17,15 +17,22 @@ from fedcore.errors import StorageError
 from fedcore.tensor_file import read_manifest
 
 MAX_PER_CLASS = 24
+_TENSORS: tuple[tuple[str, str, type[np.generic], int], ...] = (
+    ("images", "U8", np.uint8, 4), ("labels", "I64", np.int64, 1), ("born", "I64", np.int64, 1),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """The impressions made after a round: uint8 [M, C, H, W] as pixels, int64 [M] as classes."""
+    """The impressions made after a round: uint8 [M, C, H, W] as pixels, int64 [M] as classes.
+
+    `born`, int64 [M], is the round in which each was begun; None where that is not known.
+    """
 
     round: int
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
+    born: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != np.uint8 or self.images.ndim != 4:
@@ -37,24 +44,30 @@ class Pictures:
             raise ValueError(
                 f"round {self.round}: {len(self.labels)} labels for {len(self.images)} impressions"
             )
+        if self.born is not None and self.born.shape != self.labels.shape:
+            raise ValueError(
+                f"round {self.round}: {self.born.size} rounds of birth for {len(self.images)} impressions"
+            )
 
 
 def read_pictures(path: Path, round_: int) -> Pictures:
-    """Read an impressions artifact (tensors `images` and `labels`). Raises StorageError."""
+    """Read an impressions artifact (tensors `images`, `labels` and, if it is there, `born`). Raises StorageError."""
     manifest, start = read_manifest(path)
     specs = {spec.name: spec for spec in manifest.tensors}
     offsets = manifest.offsets()
     arrays: dict[str, NDArray[Any]] = {}
     with path.open("rb") as file:
-        for name, dtype, kind, ndim in (("images", "U8", np.uint8, 4), ("labels", "I64", np.int64, 1)):
+        for name, dtype, kind, ndim in _TENSORS:
             spec = specs.get(name)
+            if spec is None and name == "born":
+                continue
             if spec is None or spec.dtype != dtype or len(spec.shape) != ndim:
                 got = "nothing" if spec is None else f"{spec.dtype} {list(spec.shape)}"
                 raise StorageError(f"{path}: tensor '{name}' is {got}, expected {dtype} of {ndim} dimensions")
             file.seek(start + offsets[name][0])
             arrays[name] = np.frombuffer(file.read(spec.size_bytes), kind).reshape(spec.shape)
     try:
-        return Pictures(round_, arrays["images"], arrays["labels"])
+        return Pictures(round_, arrays["images"], arrays["labels"], arrays.get("born"))
     except ValueError as error:
         raise StorageError(f"{path}: {error}") from error
 

@@ -7,14 +7,14 @@ CSS = """
   --bad-bg: #fde5e4;
   --c1: #2a6fd6; --c2: #dd5f2a; --c3: #159c6c; --c4: #8457cf; --c5: #c93f78; --c6: #b88700; --c7: #1b93a8;
   --c8: #747d88;
-  --heat: 42 111 214; }
+  --heat: 42 111 214; --fall: 221 95 42; }
 @media (prefers-color-scheme: dark) { :root {
   --bg: #121417; --card: #1b1e23; --ink: #e9ecef; --soft: #9aa3ad; --line: #2d3239; --track: #282c33;
   --warn: #f3c15f; --warn-bg: #3a2e12; --good: #6fdcab; --good-bg: #12352a; --bad: #ff9c97;
   --bad-bg: #42201f;
   --c1: #6ba3f5; --c2: #f58a5c; --c3: #3fc994; --c4: #b08df0; --c5: #ee7fab; --c6: #e0b341; --c7: #52c4d8;
   --c8: #a3abb5;
-  --heat: 107 163 245; } }
+  --heat: 107 163 245; --fall: 245 138 92; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--bg); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -41,6 +41,7 @@ p { margin: 0 0 12px; } .soft { color: var(--soft); } small { color: var(--soft)
 .chip.bad { color: var(--bad); background: var(--bad-bg); }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
 svg .grid { stroke: var(--line); stroke-width: 1; } svg .tick { fill: var(--soft); font-size: 11.5px; }
+svg .mark { stroke: var(--soft); stroke-width: 1.2; stroke-dasharray: 3 3; }
 svg .line { fill: none; stroke-width: 2.2; stroke-linejoin: round; stroke-linecap: round; }
 svg .hit { fill: transparent; } svg .hit:hover { fill: rgb(128 128 128 / .25); }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; margin-top: 8px; font-size: 13px;
@@ -55,18 +56,27 @@ svg .hit { fill: transparent; } svg .hit:hover { fill: rgb(128 128 128 / .25); }
 .bar .value { text-align: right; font-variant-numeric: tabular-nums; font-weight: 550; }
 .bar .note { color: var(--soft); font-size: 13px; white-space: nowrap; }
 .scroll { overflow-x: auto; max-height: 640px; overflow-y: auto; }
+.scroll.tall { max-height: none; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; }
 th { color: var(--soft); font-weight: 550; text-align: right; padding: 5px 6px;
   border-bottom: 1px solid var(--line);
   position: sticky; top: 0; background: var(--card); white-space: nowrap; }
 td { text-align: right; padding: 5px 6px; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th.heat { text-align: center; }
+th.heat { text-align: center; white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { padding-left: 2px; } td.left, th.left { text-align: left;
   white-space: normal; }
 td.left:last-child { min-width: 160px; }
 tr:last-child td { border-bottom: 0; } tr.missed td { background: var(--warn-bg); }
   tr.missed td.left { color: var(--warn); }
 td.heat { border: 2px solid var(--card); border-radius: 6px; text-align: center; min-width: 44px; }
+.card.wide { grid-column: 1 / -1; }
+.split { display: grid; gap: 8px 28px; align-items: center;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
+tr.start td { color: var(--soft); } td.heat small { margin-left: 4px; }
+table.timeline { width: auto; } .timeline td, .timeline th { text-align: center; padding: 5px 10px; }
+.timeline td.left, .timeline th.left { text-align: left; padding-left: 2px; }
+.timeline img { display: block; margin: 0 auto; width: 56px; height: 56px; object-fit: contain;
+  image-rendering: pixelated; border-radius: 5px; background: var(--track); }
 .classes { display: grid; gap: 0 28px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 520px), 1fr)); }
 .class { padding: 9px 0; border-top: 1px solid var(--line); }

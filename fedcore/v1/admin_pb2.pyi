@@ -42,11 +42,16 @@ class WhoAmIReply(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     SERIAL_FIELD_NUMBER: _builtins.int
     NOT_AFTER_FIELD_NUMBER: _builtins.int
+    ROLES_FIELD_NUMBER: _builtins.int
     federation: _builtins.str
     role: _builtins.str
     id: _builtins.str
     serial: _builtins.str
     not_after: _builtins.str
+    @_builtins.property
+    def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Roles granted to the operator, sorted."""
+
     def __init__(
         self,
         *,
@@ -55,10 +60,11 @@ class WhoAmIReply(_message.Message):
         id: _builtins.str = ...,
         serial: _builtins.str = ...,
         not_after: _builtins.str = ...,
+        roles: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["federation", b"federation", "id", b"id", "not_after", b"not_after", "role", b"role", "serial", b"serial"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["federation", b"federation", "id", b"id", "not_after", b"not_after", "role", b"role", "roles", b"roles", "serial", b"serial"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

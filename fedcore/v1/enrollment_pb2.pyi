@@ -75,3 +75,31 @@ class EnrollReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EnrollReply: _TypeAlias = EnrollReply  # noqa: Y015
+
+@_typing.final
+class RenewEndedRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTIFICATE_PEM_FIELD_NUMBER: _builtins.int
+    CSR_PEM_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    certificate_pem: _builtins.str
+    """The site's ended certificate, PEM."""
+    csr_pem: _builtins.str
+    """PKCS#10, PEM, of the same key or a new one."""
+    signature: _builtins.bytes
+    """ECDSA with SHA-256 by the ended certificate's key, DER, over what fedcore.renewal.ended_statement gives."""
+    def __init__(
+        self,
+        *,
+        certificate_pem: _builtins.str = ...,
+        csr_pem: _builtins.str = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_pem", b"certificate_pem", "csr_pem", b"csr_pem", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewEndedRequest: _TypeAlias = RenewEndedRequest  # noqa: Y015

@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from fedcore.v1 import certificates_pb2 as fedcore_dot_v1_dot_certificates__pb2
 from fedcore.v1 import enrollment_pb2 as fedcore_dot_v1_dot_enrollment__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -39,6 +40,11 @@ class EnrollmentStub:
                 request_serializer=fedcore_dot_v1_dot_enrollment__pb2.EnrollRequest.SerializeToString,
                 response_deserializer=fedcore_dot_v1_dot_enrollment__pb2.EnrollReply.FromString,
                 _registered_method=True)
+        self.RenewEnded = channel.unary_unary(
+                '/fedcore.v1.Enrollment/RenewEnded',
+                request_serializer=fedcore_dot_v1_dot_enrollment__pb2.RenewEndedRequest.SerializeToString,
+                response_deserializer=fedcore_dot_v1_dot_certificates__pb2.RenewReply.FromString,
+                _registered_method=True)
 
 
 class EnrollmentServicer:
@@ -51,6 +57,13 @@ class EnrollmentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RenewEnded(self, request, context):
+        """A new certificate for a site whose old one ended at most 30 days ago, proved by a signature with the old key.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EnrollmentServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -58,6 +71,11 @@ def add_EnrollmentServicer_to_server(servicer, server):
                     servicer.Enroll,
                     request_deserializer=fedcore_dot_v1_dot_enrollment__pb2.EnrollRequest.FromString,
                     response_serializer=fedcore_dot_v1_dot_enrollment__pb2.EnrollReply.SerializeToString,
+            ),
+            'RenewEnded': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewEnded,
+                    request_deserializer=fedcore_dot_v1_dot_enrollment__pb2.RenewEndedRequest.FromString,
+                    response_serializer=fedcore_dot_v1_dot_certificates__pb2.RenewReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -87,6 +105,33 @@ class Enrollment:
             '/fedcore.v1.Enrollment/Enroll',
             fedcore_dot_v1_dot_enrollment__pb2.EnrollRequest.SerializeToString,
             fedcore_dot_v1_dot_enrollment__pb2.EnrollReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewEnded(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedcore.v1.Enrollment/RenewEnded',
+            fedcore_dot_v1_dot_enrollment__pb2.RenewEndedRequest.SerializeToString,
+            fedcore_dot_v1_dot_certificates__pb2.RenewReply.FromString,
             options,
             channel_credentials,
             insecure,

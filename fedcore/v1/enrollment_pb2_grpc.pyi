@@ -4,6 +4,7 @@ isort:skip_file
 How a site gets its certificate. Served on its own port: server TLS only, no client certificate."""
 
 from collections import abc as _abc
+from fedcore.v1 import certificates_pb2 as _certificates_pb2
 from fedcore.v1 import enrollment_pb2 as _enrollment_pb2
 from grpc import aio as _aio
 import abc as _abc_1
@@ -33,12 +34,16 @@ class EnrollmentStub:
     def __new__(cls, channel: _aio.Channel) -> EnrollmentAsyncStub: ...
     Enroll: _grpc.UnaryUnaryMultiCallable[_enrollment_pb2.EnrollRequest, _enrollment_pb2.EnrollReply]
     """Exchanges a single-use token and a certificate request for the site's certificate."""
+    RenewEnded: _grpc.UnaryUnaryMultiCallable[_enrollment_pb2.RenewEndedRequest, _certificates_pb2.RenewReply]
+    """A new certificate for a site whose old one ended at most 30 days ago, proved by a signature with the old key."""
 
 @_typing.type_check_only
 class EnrollmentAsyncStub(EnrollmentStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Enroll: _aio.UnaryUnaryMultiCallable[_enrollment_pb2.EnrollRequest, _enrollment_pb2.EnrollReply]  # type: ignore[assignment]
     """Exchanges a single-use token and a certificate request for the site's certificate."""
+    RenewEnded: _aio.UnaryUnaryMultiCallable[_enrollment_pb2.RenewEndedRequest, _certificates_pb2.RenewReply]  # type: ignore[assignment]
+    """A new certificate for a site whose old one ended at most 30 days ago, proved by a signature with the old key."""
 
 class EnrollmentServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -48,5 +53,13 @@ class EnrollmentServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_enrollment_pb2.EnrollReply, _abc.Awaitable[_enrollment_pb2.EnrollReply]]:
         """Exchanges a single-use token and a certificate request for the site's certificate."""
+
+    @_abc_1.abstractmethod
+    def RenewEnded(
+        self,
+        request: _enrollment_pb2.RenewEndedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_certificates_pb2.RenewReply, _abc.Awaitable[_certificates_pb2.RenewReply]]:
+        """A new certificate for a site whose old one ended at most 30 days ago, proved by a signature with the old key."""
 
 def add_EnrollmentServicer_to_server(servicer: EnrollmentServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

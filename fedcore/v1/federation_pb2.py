@@ -22,70 +22,75 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from fedcore.v1 import audit_pb2 as fedcore_dot_v1_dot_audit__pb2
 from fedcore.v1 import tensor_pb2 as fedcore_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66\x65\x64\x63ore/v1/federation.proto\x12\nfedcore.v1\x1a\x17\x66\x65\x64\x63ore/v1/tensor.proto\"/\n\x0fProtocolVersion\x12\r\n\x05major\x18\x01 \x01(\r\x12\r\n\x05minor\x18\x02 \x01(\r\"\xdb\x01\n\x0c\x43\x61pabilities\x12\x18\n\x10software_version\x18\x01 \x01(\t\x12\x0e\n\x06models\x18\x02 \x03(\t\x12\x12\n\nobjectives\x18\x03 \x03(\t\x12\x10\n\x08\x64\x61tasets\x18\x04 \x03(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65vice_name\x18\x06 \x01(\t\x12\x0f\n\x07threads\x18\x07 \x01(\r\x12\x13\n\x0b\x63lass_names\x18\x08 \x03(\t\x12\x14\n\x0cnum_examples\x18\t \x01(\x03\x12\x1a\n\x12unavailable_reason\x18\n \x01(\t\"m\n\x0cHelloRequest\x12-\n\x08protocol\x18\x01 \x01(\x0b\x32\x1b.fedcore.v1.ProtocolVersion\x12.\n\x0c\x63\x61pabilities\x18\x02 \x01(\x0b\x32\x18.fedcore.v1.Capabilities\"\x98\x01\n\nHelloReply\x12-\n\x08protocol\x18\x01 \x01(\x0b\x32\x1b.fedcore.v1.ProtocolVersion\x12\x12\n\nfederation\x18\x02 \x01(\t\x12\x0f\n\x07session\x18\x03 \x01(\t\x12\x1c\n\x14heartbeat_interval_s\x18\x04 \x01(\x01\x12\x18\n\x10software_version\x18\x05 \x01(\t\"\xcd\x02\n\x0c\x41gentMessage\x12*\n\theartbeat\x18\x01 \x01(\x0b\x32\x15.fedcore.v1.HeartbeatH\x00\x12*\n\x07started\x18\x02 \x01(\x0b\x32\x17.fedcore.v1.TaskStartedH\x00\x12(\n\x08progress\x18\x03 \x01(\x0b\x32\x14.fedcore.v1.ProgressH\x00\x12(\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x16.fedcore.v1.TaskFailedH\x00\x12\x32\n\nevaluation\x18\x05 \x01(\x0b\x32\x1c.fedcore.v1.EvaluationReportH\x00\x12\x30\n\x0c\x63\x61pabilities\x18\x06 \x01(\x0b\x32\x18.fedcore.v1.CapabilitiesH\x00\x12 \n\x04pong\x18\x07 \x01(\x0b\x32\x10.fedcore.v1.PongH\x00\x42\t\n\x07message\"\x0b\n\tHeartbeat\"\x15\n\x04Pong\x12\r\n\x05nonce\x18\x01 \x01(\x04\")\n\x0bTaskStarted\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\"v\n\x08Progress\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\r\n\x05stage\x18\x03 \x01(\t\x12\x0c\n\x04\x64one\x18\x04 \x01(\x03\x12\r\n\x05total\x18\x05 \x01(\x03\x12\x0c\n\x04loss\x18\x06 \x01(\x01\x12\x14\n\x0cimages_per_s\x18\x07 \x01(\x01\"L\n\nTaskFailed\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x12\n\nevaluating\x18\x04 \x01(\x08\"\x87\x01\n\x0cSplitMetrics\x12\r\n\x05split\x18\x01 \x01(\t\x12\x14\n\x0cnum_examples\x18\x02 \x01(\x03\x12\x13\n\x0bnum_correct\x18\x03 \x01(\x03\x12\x10\n\x08loss_sum\x18\x04 \x01(\x01\x12\x14\n\x0c\x63lass_totals\x18\x05 \x03(\x03\x12\x15\n\rclass_correct\x18\x06 \x03(\x03\"i\n\x10\x45valuationReport\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12(\n\x06splits\x18\x03 \x03(\x0b\x32\x18.fedcore.v1.SplitMetrics\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"\xda\x01\n\tDirective\x12&\n\x05train\x18\x01 \x01(\x0b\x32\x15.fedcore.v1.TrainTaskH\x00\x12,\n\x08\x65valuate\x18\x02 \x01(\x0b\x32\x18.fedcore.v1.EvaluateTaskH\x00\x12$\n\x04stop\x18\x03 \x01(\x0b\x32\x14.fedcore.v1.StopTaskH\x00\x12 \n\x04ping\x18\x04 \x01(\x0b\x32\x10.fedcore.v1.PingH\x00\x12\"\n\x05\x64rain\x18\x05 \x01(\x0b\x32\x11.fedcore.v1.DrainH\x00\x42\x0b\n\tdirective\"\x8b\x02\n\tTrainTask\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12&\n\x05model\x18\x03 \x01(\x0b\x32\x17.fedcore.v1.ArtifactRef\x12,\n\x0bimpressions\x18\x04 \x01(\x0b\x32\x17.fedcore.v1.ArtifactRef\x12\x11\n\tplan_json\x18\x05 \x01(\t\x12\x11\n\tobjective\x18\x06 \x01(\t\x12\x1e\n\x16objective_options_json\x18\x07 \x01(\t\x12\x15\n\rlocal_tensors\x18\x08 \x03(\t\x12/\n\x0estrategy_state\x18\t \x01(\x0b\x32\x17.fedcore.v1.ArtifactRef\"|\n\x0c\x45valuateTask\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12&\n\x05model\x18\x03 \x01(\x0b\x32\x17.fedcore.v1.ArtifactRef\x12\x11\n\tplan_json\x18\x04 \x01(\t\x12\x15\n\rlocal_tensors\x18\x05 \x03(\t\"\'\n\x08StopTask\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x15\n\x04Ping\x12\r\n\x05nonce\x18\x01 \x01(\x04\"\x17\n\x05\x44rain\x12\x0e\n\x06reason\x18\x01 \x01(\t\".\n\x0c\x46\x65tchRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\"\xae\x01\n\x0cUpdateReport\x12\x14\n\x0cnum_examples\x18\x01 \x01(\x03\x12\x11\n\tnum_steps\x18\x02 \x01(\x03\x12\x12\n\ntrain_loss\x18\x03 \x01(\x01\x12\x17\n\x0fnum_impressions\x18\x04 \x01(\x03\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x0f\n\x07threads\x18\x06 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x16\n\x0e\x63orrupt_images\x18\x08 \x01(\x03\"G\n\x0b\x44\x65liveryKey\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\"=\n\x15\x44\x65liveryOffsetRequest\x12$\n\x03key\x18\x01 \x01(\x0b\x32\x17.fedcore.v1.DeliveryKey\"5\n\x13\x44\x65liveryOffsetReply\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0e\n\x06stored\x18\x02 \x01(\x08\"\x98\x01\n\x0e\x44\x65liveryHeader\x12$\n\x03key\x18\x01 \x01(\x0b\x32\x17.fedcore.v1.DeliveryKey\x12&\n\x08manifest\x18\x02 \x01(\x0b\x32\x14.fedcore.v1.Manifest\x12(\n\x06report\x18\x03 \x01(\x0b\x32\x18.fedcore.v1.UpdateReport\x12\x0e\n\x06offset\x18\x04 \x01(\x03\"g\n\x0b\x44\x65liverPart\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1a.fedcore.v1.DeliveryHeaderH\x00\x12\"\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x11.fedcore.v1.ChunkH\x00\x42\x06\n\x04part\"\xab\x01\n\x0c\x44\x65liverReply\x12\x31\n\x07outcome\x18\x01 \x01(\x0e\x32 .fedcore.v1.DeliverReply.Outcome\"h\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x12\n\x0eOUTCOME_STORED\x10\x01\x12\x1a\n\x16OUTCOME_ALREADY_STORED\x10\x02\x12\x14\n\x10OUTCOME_TOO_LATE\x10\x03\x32\xdf\x02\n\nFederation\x12\x39\n\x05Hello\x12\x18.fedcore.v1.HelloRequest\x1a\x16.fedcore.v1.HelloReply\x12\x41\n\nDirectives\x12\x18.fedcore.v1.AgentMessage\x1a\x15.fedcore.v1.Directive(\x01\x30\x01\x12=\n\x05\x46\x65tch\x12\x18.fedcore.v1.FetchRequest\x1a\x18.fedcore.v1.ArtifactPart0\x01\x12T\n\x0e\x44\x65liveryOffset\x12!.fedcore.v1.DeliveryOffsetRequest\x1a\x1f.fedcore.v1.DeliveryOffsetReply\x12>\n\x07\x44\x65liver\x12\x17.fedcore.v1.DeliverPart\x1a\x18.fedcore.v1.DeliverReply(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66\x65\x64\x63ore/v1/federation.proto\x12\nfedcore.v1\x1a\x16\x66\x65\x64\x63ore/v1/audit.proto\x1a\x17\x66\x65\x64\x63ore/v1/tensor.proto\"/\n\x0fProtocolVersion\x12\r\n\x05major\x18\x01 \x01(\r\x12\r\n\x05minor\x18\x02 \x01(\r\"\xdb\x01\n\x0c\x43\x61pabilities\x12\x18\n\x10software_version\x18\x01 \x01(\t\x12\x0e\n\x06models\x18\x02 \x03(\t\x12\x12\n\nobjectives\x18\x03 \x03(\t\x12\x10\n\x08\x64\x61tasets\x18\x04 \x03(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65vice_name\x18\x06 \x01(\t\x12\x0f\n\x07threads\x18\x07 \x01(\r\x12\x13\n\x0b\x63lass_names\x18\x08 \x03(\t\x12\x14\n\x0cnum_examples\x18\t \x01(\x03\x12\x1a\n\x12unavailable_reason\x18\n \x01(\t\"\xc8\x01\n\x0cHelloRequest\x12-\n\x08protocol\x18\x01 \x01(\x0b\x32\x1b.fedcore.v1.ProtocolVersion\x12.\n\x0c\x63\x61pabilities\x18\x02 \x01(\x0b\x32\x18.fedcore.v1.Capabilities\x12)\n\naudit_head\x18\x03 \x01(\x0b\x32\x15.fedcore.v1.AuditHead\x12.\n\x0fkept_audit_head\x18\x04 \x01(\x0b\x32\x15.fedcore.v1.AuditHead\"\xf3\x01\n\nHelloReply\x12-\n\x08protocol\x18\x01 \x01(\x0b\x32\x1b.fedcore.v1.ProtocolVersion\x12\x12\n\nfederation\x18\x02 \x01(\t\x12\x0f\n\x07session\x18\x03 \x01(\t\x12\x1c\n\x14heartbeat_interval_s\x18\x04 \x01(\x01\x12\x18\n\x10software_version\x18\x05 \x01(\t\x12)\n\naudit_head\x18\x06 \x01(\x0b\x32\x15.fedcore.v1.AuditHead\x12.\n\x0fkept_audit_head\x18\x07 \x01(\x0b\x32\x15.fedcore.v1.AuditHead\"\xcd\x02\n\x0c\x41gentMessage\x12*\n\theartbeat\x18\x01 \x01(\x0b\x32\x15.fedcore.v1.HeartbeatH\x00\x12*\n\x07started\x18\x02 \x01(\x0b\x32\x17.fedcore.v1.TaskStartedH\x00\x12(\n\x08progress\x18\x03 \x01(\x0b\x32\x14.fedcore.v1.ProgressH\x00\x12(\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x16.fedcore.v1.TaskFailedH\x00\x12\x32\n\nevaluation\x18\x05 \x01(\x0b\x32\x1c.fedcore.v1.EvaluationReportH\x00\x12\x30\n\x0c\x63\x61pabilities\x18\x06 \x01(\x0b\x32\x18.fedcore.v1.CapabilitiesH\x00\x12 \n\x04pong\x18\x07 \x01(\x0b\x32\x10.fedcore.v1.PongH\x00\x42\t\n\x07message\"\x0b\n\tHeartbeat\"\x15\n\x04Pong\x12\r\n\x05nonce\x18\x01 \x01(\x04\")\n\x0bTaskStarted\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\"v\n\x08Progress\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\r\n\x05stage\x18\x03 \x01(\t\x12\x0c\n\x04\x64one\x18\x04 \x01(\x03\x12\r\n\x05total\x18\x05 \x01(\x03\x12\x0c\n\x04loss\x18\x06 \x01(\x01\x12\x14\n\x0cimages_per_s\x18\x07 \x01(\x01\"L\n\nTaskFailed\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x12\n\nevaluating\x18\x04 \x01(\x08\"\x87\x01\n\x0cSplitMetrics\x12\r\n\x05split\x18\x01 \x01(\t\x12\x14\n\x0cnum_examples\x18\x02 \x01(\x03\x12\x13\n\x0bnum_correct\x18\x03 \x01(\x03\x12\x10\n\x08loss_sum\x18\x04 \x01(\x01\x12\x14\n\x0c\x63lass_totals\x18\x05 \x03(\x03\x12\x15\n\rclass_correct\x18\x06 \x03(\x03\"i\n\x10\x45valuationReport\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12(\n\x06splits\x18\x03 \x03(\x0b\x32\x18.fedcore.v1.SplitMetrics\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"\x95\x02\n\tDirective\x12&\n\x05train\x18\x01 \x01(\x0b\x32\x15.fedcore.v1.TrainTaskH\x00\x12,\n\x08\x65valuate\x18\x02 \x01(\x0b\x32\x18.fedcore.v1.EvaluateTaskH\x00\x12$\n\x04stop\x18\x03 \x01(\x0b\x32\x14.fedcore.v1.StopTaskH\x00\x12 \n\x04ping\x18\x04 \x01(\x0b\x32\x10.fedcore.v1.PingH\x00\x12\"\n\x05\x64rain\x18\x05 \x01(\x0b\x32\x11.fedcore.v1.DrainH\x00\x12\x39\n\x11renew_certificate\x18\x06 \x01(\x0b\x32\x1c.fedcore.v1.RenewCertificateH\x00\x42\x0b\n\tdirective\"\x8b\x02\n\tTrainTask\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12&\n\x05model\x18\x03 \x01(\x0b\x32\x17.fedcore.v1.ArtifactRef\x12,\n\x0bimpressions\x18\x04 \x01(\x0b\x32\x17.fedcore.v1.ArtifactRef\x12\x11\n\tplan_json\x18\x05 \x01(\t\x12\x11\n\tobjective\x18\x06 \x01(\t\x12\x1e\n\x16objective_options_json\x18\x07 \x01(\t\x12\x15\n\rlocal_tensors\x18\x08 \x03(\t\x12/\n\x0estrategy_state\x18\t \x01(\x0b\x32\x17.fedcore.v1.ArtifactRef\"|\n\x0c\x45valuateTask\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12&\n\x05model\x18\x03 \x01(\x0b\x32\x17.fedcore.v1.ArtifactRef\x12\x11\n\tplan_json\x18\x04 \x01(\t\x12\x15\n\rlocal_tensors\x18\x05 \x03(\t\"\'\n\x08StopTask\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x15\n\x04Ping\x12\r\n\x05nonce\x18\x01 \x01(\x04\"\x17\n\x05\x44rain\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x12\n\x10RenewCertificate\".\n\x0c\x46\x65tchRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\"\xe5\x01\n\x0cUpdateReport\x12\x14\n\x0cnum_examples\x18\x01 \x01(\x03\x12\x11\n\tnum_steps\x18\x02 \x01(\x03\x12\x12\n\ntrain_loss\x18\x03 \x01(\x01\x12\x17\n\x0fnum_impressions\x18\x04 \x01(\x03\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x0f\n\x07threads\x18\x06 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x16\n\x0e\x63orrupt_images\x18\x08 \x01(\x03\x12\x35\n\x10impression_check\x18\t \x01(\x0b\x32\x1b.fedcore.v1.ImpressionCheck\"\xb5\x03\n\x0fImpressionCheck\x12\x13\n\x0bnum_checked\x18\x01 \x01(\x03\x12\x1a\n\x12num_near_in_pixels\x18\x02 \x01(\x03\x12\x1c\n\x14num_near_in_features\x18\x03 \x01(\x03\x12\x16\n\x0enum_not_finite\x18\x04 \x01(\x03\x12\x13\n\x0bpixel_limit\x18\x05 \x01(\x01\x12\x16\n\x0epixel_smallest\x18\x06 \x01(\x01\x12\x14\n\x0cpixel_median\x18\x07 \x01(\x01\x12\x1a\n\rfeature_limit\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x1d\n\x10\x66\x65\x61ture_smallest\x18\t \x01(\x01H\x01\x88\x01\x01\x12\x1b\n\x0e\x66\x65\x61ture_median\x18\n \x01(\x01H\x02\x88\x01\x01\x12\x1a\n\rmean_distance\x18\x0b \x01(\x01H\x03\x88\x01\x01\x12 \n\x13\x63ovariance_distance\x18\x0c \x01(\x01H\x04\x88\x01\x01\x42\x10\n\x0e_feature_limitB\x13\n\x11_feature_smallestB\x11\n\x0f_feature_medianB\x10\n\x0e_mean_distanceB\x16\n\x14_covariance_distance\"G\n\x0b\x44\x65liveryKey\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\"=\n\x15\x44\x65liveryOffsetRequest\x12$\n\x03key\x18\x01 \x01(\x0b\x32\x17.fedcore.v1.DeliveryKey\"5\n\x13\x44\x65liveryOffsetReply\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0e\n\x06stored\x18\x02 \x01(\x08\"\x98\x01\n\x0e\x44\x65liveryHeader\x12$\n\x03key\x18\x01 \x01(\x0b\x32\x17.fedcore.v1.DeliveryKey\x12&\n\x08manifest\x18\x02 \x01(\x0b\x32\x14.fedcore.v1.Manifest\x12(\n\x06report\x18\x03 \x01(\x0b\x32\x18.fedcore.v1.UpdateReport\x12\x0e\n\x06offset\x18\x04 \x01(\x03\"g\n\x0b\x44\x65liverPart\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1a.fedcore.v1.DeliveryHeaderH\x00\x12\"\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x11.fedcore.v1.ChunkH\x00\x42\x06\n\x04part\"\xab\x01\n\x0c\x44\x65liverReply\x12\x31\n\x07outcome\x18\x01 \x01(\x0e\x32 .fedcore.v1.DeliverReply.Outcome\"h\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x12\n\x0eOUTCOME_STORED\x10\x01\x12\x1a\n\x16OUTCOME_ALREADY_STORED\x10\x02\x12\x14\n\x10OUTCOME_TOO_LATE\x10\x03\x32\xdf\x02\n\nFederation\x12\x39\n\x05Hello\x12\x18.fedcore.v1.HelloRequest\x1a\x16.fedcore.v1.HelloReply\x12\x41\n\nDirectives\x12\x18.fedcore.v1.AgentMessage\x1a\x15.fedcore.v1.Directive(\x01\x30\x01\x12=\n\x05\x46\x65tch\x12\x18.fedcore.v1.FetchRequest\x1a\x18.fedcore.v1.ArtifactPart0\x01\x12T\n\x0e\x44\x65liveryOffset\x12!.fedcore.v1.DeliveryOffsetRequest\x1a\x1f.fedcore.v1.DeliveryOffsetReply\x12>\n\x07\x44\x65liver\x12\x17.fedcore.v1.DeliverPart\x1a\x18.fedcore.v1.DeliverReply(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fedcore.v1.federation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PROTOCOLVERSION']._serialized_start=68
-  _globals['_PROTOCOLVERSION']._serialized_end=115
-  _globals['_CAPABILITIES']._serialized_start=118
-  _globals['_CAPABILITIES']._serialized_end=337
-  _globals['_HELLOREQUEST']._serialized_start=339
-  _globals['_HELLOREQUEST']._serialized_end=448
-  _globals['_HELLOREPLY']._serialized_start=451
-  _globals['_HELLOREPLY']._serialized_end=603
-  _globals['_AGENTMESSAGE']._serialized_start=606
-  _globals['_AGENTMESSAGE']._serialized_end=939
-  _globals['_HEARTBEAT']._serialized_start=941
-  _globals['_HEARTBEAT']._serialized_end=952
-  _globals['_PONG']._serialized_start=954
-  _globals['_PONG']._serialized_end=975
-  _globals['_TASKSTARTED']._serialized_start=977
-  _globals['_TASKSTARTED']._serialized_end=1018
-  _globals['_PROGRESS']._serialized_start=1020
-  _globals['_PROGRESS']._serialized_end=1138
-  _globals['_TASKFAILED']._serialized_start=1140
-  _globals['_TASKFAILED']._serialized_end=1216
-  _globals['_SPLITMETRICS']._serialized_start=1219
-  _globals['_SPLITMETRICS']._serialized_end=1354
-  _globals['_EVALUATIONREPORT']._serialized_start=1356
-  _globals['_EVALUATIONREPORT']._serialized_end=1461
-  _globals['_DIRECTIVE']._serialized_start=1464
-  _globals['_DIRECTIVE']._serialized_end=1682
-  _globals['_TRAINTASK']._serialized_start=1685
-  _globals['_TRAINTASK']._serialized_end=1952
-  _globals['_EVALUATETASK']._serialized_start=1954
-  _globals['_EVALUATETASK']._serialized_end=2078
-  _globals['_STOPTASK']._serialized_start=2080
-  _globals['_STOPTASK']._serialized_end=2119
-  _globals['_PING']._serialized_start=2121
-  _globals['_PING']._serialized_end=2142
-  _globals['_DRAIN']._serialized_start=2144
-  _globals['_DRAIN']._serialized_end=2167
-  _globals['_FETCHREQUEST']._serialized_start=2169
-  _globals['_FETCHREQUEST']._serialized_end=2215
-  _globals['_UPDATEREPORT']._serialized_start=2218
-  _globals['_UPDATEREPORT']._serialized_end=2392
-  _globals['_DELIVERYKEY']._serialized_start=2394
-  _globals['_DELIVERYKEY']._serialized_end=2465
-  _globals['_DELIVERYOFFSETREQUEST']._serialized_start=2467
-  _globals['_DELIVERYOFFSETREQUEST']._serialized_end=2528
-  _globals['_DELIVERYOFFSETREPLY']._serialized_start=2530
-  _globals['_DELIVERYOFFSETREPLY']._serialized_end=2583
-  _globals['_DELIVERYHEADER']._serialized_start=2586
-  _globals['_DELIVERYHEADER']._serialized_end=2738
-  _globals['_DELIVERPART']._serialized_start=2740
-  _globals['_DELIVERPART']._serialized_end=2843
-  _globals['_DELIVERREPLY']._serialized_start=2846
-  _globals['_DELIVERREPLY']._serialized_end=3017
-  _globals['_DELIVERREPLY_OUTCOME']._serialized_start=2913
-  _globals['_DELIVERREPLY_OUTCOME']._serialized_end=3017
-  _globals['_FEDERATION']._serialized_start=3020
-  _globals['_FEDERATION']._serialized_end=3371
+  _globals['_PROTOCOLVERSION']._serialized_start=92
+  _globals['_PROTOCOLVERSION']._serialized_end=139
+  _globals['_CAPABILITIES']._serialized_start=142
+  _globals['_CAPABILITIES']._serialized_end=361
+  _globals['_HELLOREQUEST']._serialized_start=364
+  _globals['_HELLOREQUEST']._serialized_end=564
+  _globals['_HELLOREPLY']._serialized_start=567
+  _globals['_HELLOREPLY']._serialized_end=810
+  _globals['_AGENTMESSAGE']._serialized_start=813
+  _globals['_AGENTMESSAGE']._serialized_end=1146
+  _globals['_HEARTBEAT']._serialized_start=1148
+  _globals['_HEARTBEAT']._serialized_end=1159
+  _globals['_PONG']._serialized_start=1161
+  _globals['_PONG']._serialized_end=1182
+  _globals['_TASKSTARTED']._serialized_start=1184
+  _globals['_TASKSTARTED']._serialized_end=1225
+  _globals['_PROGRESS']._serialized_start=1227
+  _globals['_PROGRESS']._serialized_end=1345
+  _globals['_TASKFAILED']._serialized_start=1347
+  _globals['_TASKFAILED']._serialized_end=1423
+  _globals['_SPLITMETRICS']._serialized_start=1426
+  _globals['_SPLITMETRICS']._serialized_end=1561
+  _globals['_EVALUATIONREPORT']._serialized_start=1563
+  _globals['_EVALUATIONREPORT']._serialized_end=1668
+  _globals['_DIRECTIVE']._serialized_start=1671
+  _globals['_DIRECTIVE']._serialized_end=1948
+  _globals['_TRAINTASK']._serialized_start=1951
+  _globals['_TRAINTASK']._serialized_end=2218
+  _globals['_EVALUATETASK']._serialized_start=2220
+  _globals['_EVALUATETASK']._serialized_end=2344
+  _globals['_STOPTASK']._serialized_start=2346
+  _globals['_STOPTASK']._serialized_end=2385
+  _globals['_PING']._serialized_start=2387
+  _globals['_PING']._serialized_end=2408
+  _globals['_DRAIN']._serialized_start=2410
+  _globals['_DRAIN']._serialized_end=2433
+  _globals['_RENEWCERTIFICATE']._serialized_start=2435
+  _globals['_RENEWCERTIFICATE']._serialized_end=2453
+  _globals['_FETCHREQUEST']._serialized_start=2455
+  _globals['_FETCHREQUEST']._serialized_end=2501
+  _globals['_UPDATEREPORT']._serialized_start=2504
+  _globals['_UPDATEREPORT']._serialized_end=2733
+  _globals['_IMPRESSIONCHECK']._serialized_start=2736
+  _globals['_IMPRESSIONCHECK']._serialized_end=3173
+  _globals['_DELIVERYKEY']._serialized_start=3175
+  _globals['_DELIVERYKEY']._serialized_end=3246
+  _globals['_DELIVERYOFFSETREQUEST']._serialized_start=3248
+  _globals['_DELIVERYOFFSETREQUEST']._serialized_end=3309
+  _globals['_DELIVERYOFFSETREPLY']._serialized_start=3311
+  _globals['_DELIVERYOFFSETREPLY']._serialized_end=3364
+  _globals['_DELIVERYHEADER']._serialized_start=3367
+  _globals['_DELIVERYHEADER']._serialized_end=3519
+  _globals['_DELIVERPART']._serialized_start=3521
+  _globals['_DELIVERPART']._serialized_end=3624
+  _globals['_DELIVERREPLY']._serialized_start=3627
+  _globals['_DELIVERREPLY']._serialized_end=3798
+  _globals['_DELIVERREPLY_OUTCOME']._serialized_start=3694
+  _globals['_DELIVERREPLY_OUTCOME']._serialized_end=3798
+  _globals['_FEDERATION']._serialized_start=3801
+  _globals['_FEDERATION']._serialized_end=4152
 # @@protoc_insertion_point(module_scope)

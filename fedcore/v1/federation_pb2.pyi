@@ -6,6 +6,7 @@ client certificate; a site named in a message must be the same one.
 """
 
 from collections import abc as _abc
+from fedcore.v1 import audit_pb2 as _audit_pb2
 from fedcore.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -107,19 +108,29 @@ class HelloRequest(_message.Message):
 
     PROTOCOL_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
+    AUDIT_HEAD_FIELD_NUMBER: _builtins.int
+    KEPT_AUDIT_HEAD_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def protocol(self) -> Global___ProtocolVersion: ...
     @_builtins.property
     def capabilities(self) -> Global___Capabilities: ...
+    @_builtins.property
+    def audit_head(self) -> _audit_pb2.AuditHead:
+        """Head of the site's audit log, and the newest head of the coordinator's that the site has kept."""
+
+    @_builtins.property
+    def kept_audit_head(self) -> _audit_pb2.AuditHead: ...
     def __init__(
         self,
         *,
         protocol: Global___ProtocolVersion | None = ...,
         capabilities: Global___Capabilities | None = ...,
+        audit_head: _audit_pb2.AuditHead | None = ...,
+        kept_audit_head: _audit_pb2.AuditHead | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "protocol", b"protocol"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["audit_head", b"audit_head", "capabilities", b"capabilities", "kept_audit_head", b"kept_audit_head", "protocol", b"protocol"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "protocol", b"protocol"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_head", b"audit_head", "capabilities", b"capabilities", "kept_audit_head", b"kept_audit_head", "protocol", b"protocol"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -134,6 +145,8 @@ class HelloReply(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     HEARTBEAT_INTERVAL_S_FIELD_NUMBER: _builtins.int
     SOFTWARE_VERSION_FIELD_NUMBER: _builtins.int
+    AUDIT_HEAD_FIELD_NUMBER: _builtins.int
+    KEPT_AUDIT_HEAD_FIELD_NUMBER: _builtins.int
     federation: _builtins.str
     session: _builtins.str
     """Names the stream to open next: goes into the metadata key fedimpres-session of Directives."""
@@ -141,6 +154,12 @@ class HelloReply(_message.Message):
     software_version: _builtins.str
     @_builtins.property
     def protocol(self) -> Global___ProtocolVersion: ...
+    @_builtins.property
+    def audit_head(self) -> _audit_pb2.AuditHead:
+        """Head of the coordinator's audit log, and the newest head of the site's that it had kept before this hello."""
+
+    @_builtins.property
+    def kept_audit_head(self) -> _audit_pb2.AuditHead: ...
     def __init__(
         self,
         *,
@@ -149,10 +168,12 @@ class HelloReply(_message.Message):
         session: _builtins.str = ...,
         heartbeat_interval_s: _builtins.float = ...,
         software_version: _builtins.str = ...,
+        audit_head: _audit_pb2.AuditHead | None = ...,
+        kept_audit_head: _audit_pb2.AuditHead | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["protocol", b"protocol"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["audit_head", b"audit_head", "kept_audit_head", b"kept_audit_head", "protocol", b"protocol"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["federation", b"federation", "heartbeat_interval_s", b"heartbeat_interval_s", "protocol", b"protocol", "session", b"session", "software_version", b"software_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_head", b"audit_head", "federation", b"federation", "heartbeat_interval_s", b"heartbeat_interval_s", "kept_audit_head", b"kept_audit_head", "protocol", b"protocol", "session", b"session", "software_version", b"software_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -404,6 +425,7 @@ class Directive(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     PING_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
+    RENEW_CERTIFICATE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def train(self) -> Global___TrainTask: ...
     @_builtins.property
@@ -414,6 +436,8 @@ class Directive(_message.Message):
     def ping(self) -> Global___Ping: ...
     @_builtins.property
     def drain(self) -> Global___Drain: ...
+    @_builtins.property
+    def renew_certificate(self) -> Global___RenewCertificate: ...
     def __init__(
         self,
         *,
@@ -422,12 +446,13 @@ class Directive(_message.Message):
         stop: Global___StopTask | None = ...,
         ping: Global___Ping | None = ...,
         drain: Global___Drain | None = ...,
+        renew_certificate: Global___RenewCertificate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "drain", b"drain", "evaluate", b"evaluate", "ping", b"ping", "stop", b"stop", "train", b"train"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "drain", b"drain", "evaluate", b"evaluate", "ping", b"ping", "renew_certificate", b"renew_certificate", "stop", b"stop", "train", b"train"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "drain", b"drain", "evaluate", b"evaluate", "ping", b"ping", "stop", b"stop", "train", b"train"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "drain", b"drain", "evaluate", b"evaluate", "ping", b"ping", "renew_certificate", b"renew_certificate", "stop", b"stop", "train", b"train"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_directive: _TypeAlias = _typing.Literal["train", "evaluate", "stop", "ping", "drain"]  # noqa: Y015
+    _WhichOneofReturnType_directive: _TypeAlias = _typing.Literal["train", "evaluate", "stop", "ping", "drain", "renew_certificate"]  # noqa: Y015
     _WhichOneofArgType_directive: _TypeAlias = _typing.Literal["directive", b"directive"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_directive) -> _WhichOneofReturnType_directive | None: ...
 
@@ -586,6 +611,23 @@ class Drain(_message.Message):
 Global___Drain: _TypeAlias = Drain  # noqa: Y015
 
 @_typing.final
+class RenewCertificate(_message.Message):
+    """The federation moves to another CA: renew now, over this connection, for a certificate and the roots of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewCertificate: _TypeAlias = RenewCertificate  # noqa: Y015
+
+@_typing.final
 class FetchRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -621,6 +663,7 @@ class UpdateReport(_message.Message):
     THREADS_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     CORRUPT_IMAGES_FIELD_NUMBER: _builtins.int
+    IMPRESSION_CHECK_FIELD_NUMBER: _builtins.int
     num_examples: _builtins.int
     num_steps: _builtins.int
     train_loss: _builtins.float
@@ -630,6 +673,10 @@ class UpdateReport(_message.Message):
     threads: _builtins.int
     device: _builtins.str
     corrupt_images: _builtins.int
+    @_builtins.property
+    def impression_check(self) -> Global___ImpressionCheck:
+        """Absent if no impressions came, or the site checks none."""
+
     def __init__(
         self,
         *,
@@ -641,14 +688,91 @@ class UpdateReport(_message.Message):
         threads: _builtins.int = ...,
         device: _builtins.str = ...,
         corrupt_images: _builtins.int = ...,
+        impression_check: Global___ImpressionCheck | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["impression_check", b"impression_check"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["corrupt_images", b"corrupt_images", "device", b"device", "num_examples", b"num_examples", "num_impressions", b"num_impressions", "num_steps", b"num_steps", "seconds", b"seconds", "threads", b"threads", "train_loss", b"train_loss"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["corrupt_images", b"corrupt_images", "device", b"device", "impression_check", b"impression_check", "num_examples", b"num_examples", "num_impressions", b"num_impressions", "num_steps", b"num_steps", "seconds", b"seconds", "threads", b"threads", "train_loss", b"train_loss"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UpdateReport: _TypeAlias = UpdateReport  # noqa: Y015
+
+@_typing.final
+class ImpressionCheck(_message.Message):
+    """How near the impressions came to the site's own images. Counts and distances over all of them, none of a class or image."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_CHECKED_FIELD_NUMBER: _builtins.int
+    NUM_NEAR_IN_PIXELS_FIELD_NUMBER: _builtins.int
+    NUM_NEAR_IN_FEATURES_FIELD_NUMBER: _builtins.int
+    NUM_NOT_FINITE_FIELD_NUMBER: _builtins.int
+    PIXEL_LIMIT_FIELD_NUMBER: _builtins.int
+    PIXEL_SMALLEST_FIELD_NUMBER: _builtins.int
+    PIXEL_MEDIAN_FIELD_NUMBER: _builtins.int
+    FEATURE_LIMIT_FIELD_NUMBER: _builtins.int
+    FEATURE_SMALLEST_FIELD_NUMBER: _builtins.int
+    FEATURE_MEDIAN_FIELD_NUMBER: _builtins.int
+    MEAN_DISTANCE_FIELD_NUMBER: _builtins.int
+    COVARIANCE_DISTANCE_FIELD_NUMBER: _builtins.int
+    num_checked: _builtins.int
+    num_near_in_pixels: _builtins.int
+    """Refused, by the first reason that holds: near a training image in pixels, in features, features not finite."""
+    num_near_in_features: _builtins.int
+    num_not_finite: _builtins.int
+    pixel_limit: _builtins.float
+    """To the nearest training image: the limit, the smallest and the median over impressions."""
+    pixel_smallest: _builtins.float
+    pixel_median: _builtins.float
+    feature_limit: _builtins.float
+    feature_smallest: _builtins.float
+    feature_median: _builtins.float
+    mean_distance: _builtins.float
+    """Of class means and of covariances within classes, between impressions and training images."""
+    covariance_distance: _builtins.float
+    def __init__(
+        self,
+        *,
+        num_checked: _builtins.int = ...,
+        num_near_in_pixels: _builtins.int = ...,
+        num_near_in_features: _builtins.int = ...,
+        num_not_finite: _builtins.int = ...,
+        pixel_limit: _builtins.float = ...,
+        pixel_smallest: _builtins.float = ...,
+        pixel_median: _builtins.float = ...,
+        feature_limit: _builtins.float | None = ...,
+        feature_smallest: _builtins.float | None = ...,
+        feature_median: _builtins.float | None = ...,
+        mean_distance: _builtins.float | None = ...,
+        covariance_distance: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_covariance_distance", b"_covariance_distance", "_feature_limit", b"_feature_limit", "_feature_median", b"_feature_median", "_feature_smallest", b"_feature_smallest", "_mean_distance", b"_mean_distance", "covariance_distance", b"covariance_distance", "feature_limit", b"feature_limit", "feature_median", b"feature_median", "feature_smallest", b"feature_smallest", "mean_distance", b"mean_distance"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_covariance_distance", b"_covariance_distance", "_feature_limit", b"_feature_limit", "_feature_median", b"_feature_median", "_feature_smallest", b"_feature_smallest", "_mean_distance", b"_mean_distance", "covariance_distance", b"covariance_distance", "feature_limit", b"feature_limit", "feature_median", b"feature_median", "feature_smallest", b"feature_smallest", "mean_distance", b"mean_distance", "num_checked", b"num_checked", "num_near_in_features", b"num_near_in_features", "num_near_in_pixels", b"num_near_in_pixels", "num_not_finite", b"num_not_finite", "pixel_limit", b"pixel_limit", "pixel_median", b"pixel_median", "pixel_smallest", b"pixel_smallest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__covariance_distance: _TypeAlias = _typing.Literal["covariance_distance"]  # noqa: Y015
+    _WhichOneofArgType__covariance_distance: _TypeAlias = _typing.Literal["_covariance_distance", b"_covariance_distance"]  # noqa: Y015
+    _WhichOneofReturnType__feature_limit: _TypeAlias = _typing.Literal["feature_limit"]  # noqa: Y015
+    _WhichOneofArgType__feature_limit: _TypeAlias = _typing.Literal["_feature_limit", b"_feature_limit"]  # noqa: Y015
+    _WhichOneofReturnType__feature_median: _TypeAlias = _typing.Literal["feature_median"]  # noqa: Y015
+    _WhichOneofArgType__feature_median: _TypeAlias = _typing.Literal["_feature_median", b"_feature_median"]  # noqa: Y015
+    _WhichOneofReturnType__feature_smallest: _TypeAlias = _typing.Literal["feature_smallest"]  # noqa: Y015
+    _WhichOneofArgType__feature_smallest: _TypeAlias = _typing.Literal["_feature_smallest", b"_feature_smallest"]  # noqa: Y015
+    _WhichOneofReturnType__mean_distance: _TypeAlias = _typing.Literal["mean_distance"]  # noqa: Y015
+    _WhichOneofArgType__mean_distance: _TypeAlias = _typing.Literal["_mean_distance", b"_mean_distance"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__covariance_distance) -> _WhichOneofReturnType__covariance_distance | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__feature_limit) -> _WhichOneofReturnType__feature_limit | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__feature_median) -> _WhichOneofReturnType__feature_median | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__feature_smallest) -> _WhichOneofReturnType__feature_smallest | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mean_distance) -> _WhichOneofReturnType__mean_distance | None: ...
+
+Global___ImpressionCheck: _TypeAlias = ImpressionCheck  # noqa: Y015
 
 @_typing.final
 class DeliveryKey(_message.Message):

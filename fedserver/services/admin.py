@@ -16,6 +16,8 @@ from fedcore.text import printable
 from fedcore.v1 import admin_pb2, admin_pb2_grpc, tensor_pb2
 from fedcore.version import software_version
 from fedserver import round_events as ev
+from fedserver.authorisation import GRANTABLE, IMPRESSION_ROLES, denied
+from fedserver.call_audit import note, roles_of_call
 from fedserver.downloads import stream_artifact
 from fedserver.interceptors import caller_of
 from fedserver.pages import page, token_number
@@ -71,6 +73,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             id=caller.id,
             serial=caller.serial,
             not_after=caller.not_after.isoformat(),
+            roles=sorted(roles_of_call() & set(GRANTABLE)),
         )
 
     async def GetStatus(  # noqa: N802
@@ -98,6 +101,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         """Make a single-use enrolment token."""
         caller = caller_of(context).id
         new = await self._tokens.create(request.site, request.ttl_s or _TOKEN_TTL_S, caller)
+        note(f"site/{request.site}", expires_at=new.expires_at.isoformat(timespec="seconds"))
         return admin_pb2.CreateTokenReply(
             token=new.token,
             ca_fingerprint=new.ca_fingerprint,
@@ -138,6 +142,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                 raise NotFoundError(f"plan: initial model {initial!r:.80} is not stored here")
             plan = plan.model_copy(update={"training": plan.training.model_copy(update={"initial": digest})})
         run = await self._driver.submit(plan, request_id=request.request_id or None, by=caller_of(context).id)
+        note(f"run/{run}", strategy=plan.strategy, rounds=plan.rounds)
         return admin_pb2.SubmitRunReply(run=run)
 
     async def ListRuns(  # noqa: N802
@@ -172,7 +177,9 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.ControlRunRequest, context: Any
     ) -> admin_pb2.Run:
         """Open no further round."""
+        note(f"run/{request.run}")
         view = self._driver.view(request.run)
+        note(f"run/{view.state.run}")
         if view.state.status is Status.QUEUED:
             raise ConflictError(f"run {view.state.run} is queued; there is nothing to pause yet")
         await self._driver.post(
@@ -184,7 +191,9 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.ControlRunRequest, context: Any
     ) -> admin_pb2.Run:
         """Go on after a pause."""
+        note(f"run/{request.run}")
         view = self._driver.view(request.run)
+        note(f"run/{view.state.run}")
         await self._driver.post(
             view.state.run, ev.ResumeRequested(at=self._driver.wall(), by=caller_of(context).id)
         )
@@ -194,8 +203,10 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.ControlRunRequest, context: Any
     ) -> admin_pb2.Run:
         """End a run now; sites stop what they do for it."""
-        view = self._driver.view(request.run)
         why = printable(request.reason, _MAX_REASON)
+        note(f"run/{request.run}", reason=why)
+        view = self._driver.view(request.run)
+        note(f"run/{view.state.run}")
         reason = f"aborted by {caller_of(context).id}" + (f": {why}" if why else "")
         event = ev.RunFinished(at=self._driver.wall(), status="ABORTED", reason=reason)
         await self._driver.post(view.state.run, event)
@@ -222,16 +233,21 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     async def Download(  # noqa: N802
         self, request: admin_pb2.DownloadRequest, context: Any
     ) -> AsyncIterator[tensor_pb2.ArtifactPart]:
-        """Stream a model or impressions of a finished round."""
-        digests = {
-            digest
-            for view in self._driver.views()
-            for record in view.state.records
-            for digest in (record.model, record.impressions_digest)
-        }
-        if request.digest not in digests:
+        """Stream a model of a finished round; its impressions, to those who may see them."""
+        note(f"artifact/{request.digest}", offset=request.offset)
+        records = [record for view in self._driver.views() for record in view.state.records]
+        purpose = ""
+        if any(record.model == request.digest for record in records):
+            purpose = "model"
+        elif request.digest and any(record.impressions_digest == request.digest for record in records):
+            purpose = "impressions"
+            roles = roles_of_call()
+            if not roles & IMPRESSION_ROLES:
+                raise denied(caller_of(context), "may not see impressions", IMPRESSION_ROLES, roles)
+        if not purpose:
             raise NotFoundError(f"no model or impressions {request.digest[:64]!r}")
         path = self._store.find(request.digest)
+        note(purpose=purpose, bytes=read_manifest(path)[0].payload_bytes)
         async for part in stream_artifact(path, request.digest, request.offset, self._pool, self._turns):
             yield part
 
@@ -244,6 +260,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             raise ProtocolError("an upload must begin with a manifest")
         who = f"operator {caller_of(context).id}"
         digest = await receive_model(first.manifest, _chunks(request_iterator), self._store, self._pool, who)
+        note(f"artifact/{digest}", purpose="initial model")
         return admin_pb2.UploadModelReply(digest=digest)
 
     def _models(self, views: list[RunView], token: str) -> Iterator[tuple[str, admin_pb2.Model]]:

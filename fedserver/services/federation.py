@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
@@ -24,6 +24,8 @@ from fedcore.text import printable
 from fedcore.v1 import federation_pb2, federation_pb2_grpc, tensor_pb2
 from fedcore.version import software_version
 from fedserver import round_events as ev
+from fedserver.audit_exchange import AuditExchange
+from fedserver.call_audit import note
 from fedserver.deliveries import Deliveries
 from fedserver.directives import metrics_from_proto
 from fedserver.downloads import stream_artifact
@@ -51,6 +53,8 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         registry: Registry,
         pool: ThreadPoolExecutor,
         turns: Turns,
+        audit: AuditExchange,
+        newest_issuer: Callable[[], str],
     ) -> None:
         self._federation = federation
         self._heartbeat_interval_s = heartbeat_interval_s
@@ -60,6 +64,9 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         self._registry = registry
         self._pool = pool
         self._turns = turns
+        self._audit = audit
+        # The CA that signs for members now: who connects with a certificate of an older one is asked to renew.
+        self._newest_issuer = newest_issuer
 
     async def Hello(  # noqa: N802
         self, request: federation_pb2.HelloRequest, context: Any
@@ -68,9 +75,13 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         site = caller_of(context).id
         check_version(request.protocol, f"agent {site}")
         self._registry.check_admitted(site)
-        await self._registry.touch(site, datetime.now(UTC))
+        heads, _ = await asyncio.gather(
+            self._audit.hello(site, request), self._registry.touch(site, datetime.now(UTC))
+        )  # one commit
         session = self._roster.greet(site, checked_capabilities(request.capabilities))
         return federation_pb2.HelloReply(
+            audit_head=heads.ours,
+            kept_audit_head=heads.kept,
             protocol=PROTOCOL,
             federation=self._federation,
             session=session,
@@ -88,6 +99,8 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         log.info(
             "agent connected", site=site, session=session.id, version=session.capabilities.software_version
         )
+        if caller_of(context).issuer != self._newest_issuer():
+            session.send(federation_pb2.Directive(renew_certificate=federation_pb2.RenewCertificate()))
         self._driver.nudge()
         reader = asyncio.create_task(self._read(session, request_iterator))
         try:
@@ -171,11 +184,14 @@ class FederationService(federation_pb2_grpc.FederationServicer):
     ) -> AsyncIterator[tensor_pb2.ArtifactPart]:
         """Stream a model, impressions or strategy's state that the site's present work needs."""
         site = caller_of(context).id
+        note(f"artifact/{request.digest}", offset=request.offset)
         path = self._driver.readable_by(site, request.digest)
+        sent = 0
         async for part in stream_artifact(path, request.digest, request.offset, self._pool, self._turns):
             yield part
             if part.WhichOneof("part") == "chunk":
                 self._driver.count_down(len(part.chunk.data))
+                note(bytes=(sent := sent + len(part.chunk.data)))
                 self._roster.progressed(site)
 
     async def DeliveryOffset(  # noqa: N802
@@ -192,10 +208,13 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         if first is None or first.WhichOneof("part") != "header":
             raise ProtocolError(f"{caller_of(context).id}: a delivery must begin with a header")
         site = _own(first.header.key, context)
+        key = first.header.key
+        note(f"artifact/{key.digest}", run=key.run, round=key.round, offset=first.header.offset)
         outcome = await self._deliveries.receive(site, first.header, request_iterator)
         session = self._roster.sessions.get(site)
         if session is not None:
             self._progress(session, "reported")
+        note(outcome=federation_pb2.DeliverReply.Outcome.Name(outcome))
         return federation_pb2.DeliverReply(outcome=outcome)
 
 

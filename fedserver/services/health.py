@@ -2,16 +2,21 @@
 
 The program sets it, nothing is assumed.
 
+Each check's initial metadata name the coordinator's clock, protocol and version, for `fedagent doctor`.
+
 Source: https://github.com/grpc/grpc/blob/master/doc/health-checking.md
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 from grpc_health.v1 import health_pb2
 
 from fedcore.errors import NotFoundError
+from fedcore.protocol import PROTOCOL, PROTOCOL_KEY, TIME_KEY, VERSION_KEY
+from fedcore.version import software_version
 
 _Response = health_pb2.HealthCheckResponse
 
@@ -44,6 +49,13 @@ class HealthService:
 
     async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
         """The state of one service. Raises NotFoundError for a name that was never set."""
+        await context.send_initial_metadata(
+            (
+                (TIME_KEY, f"{time.time():.3f}"),
+                (PROTOCOL_KEY, f"{PROTOCOL.major}.{PROTOCOL.minor}"),
+                (VERSION_KEY, software_version()),
+            )
+        )
         status = self._status(request.service)
         if status == _Response.SERVICE_UNKNOWN:
             raise NotFoundError(f"no service {request.service!r:.120} here")

@@ -1,8 +1,8 @@
 """The loop that makes impressions: the global model is frozen, images move.
 
 Source: Arya et al. 2024, "FedImpres: Federated Impressions", arXiv:2409.07351. Different from it by default:
-Adam, whose step does not depend on the loss's scale or the batch size; more terms (`loss.py`); images are
-projected to the range of pixels after every step.
+Adam, whose step does not depend on the loss's scale or the batch size; more terms (`loss.py`); what moves are
+the coefficients of a cosine transform (`spectrum.py`); pixels are kept in their range.
 
 Legend: M images in all, B in a batch, C channels, H x W pixels, K classes, D features.
 """
@@ -23,6 +23,7 @@ from fedserver.synthesis import objective
 from fedserver.synthesis.frozen_norm import frozen_norms
 from fedserver.synthesis.objective import LayerStatistics
 from fedserver.synthesis.options import SynthesisOptions
+from fedserver.synthesis.spectrum import CosineSpace
 
 # Steps that warm a device up and steps that are timed, where a time budget becomes a step count.
 UNTIMED_STEPS = 2
@@ -58,14 +59,25 @@ class Part:
 
 @dataclass(slots=True)
 class _Stretch:
-    """One batch, with an optimiser of its own, which keeps its momenta from pass to pass."""
+    """One batch, with an optimiser of its own, which keeps its momenta from pass to pass.
 
-    images: Tensor
+    `moved` is what the optimiser moves: the coefficients of `space`, or without one the images themselves.
+    """
+
+    moved: Tensor
+    space: CosineSpace | None
     labels: Tensor
     optimiser: torch.optim.Optimizer
     steps: int
     part: int
     done: int = 0
+
+    def images(self, bounds: tuple[Tensor, Tensor]) -> Tensor:
+        """Images [B, C, H, W] within the range of pixels; beyond it the gradient goes on as if there were none."""
+        if self.space is None:
+            return self.moved
+        images_BCHW = self.space.images(self.moved)
+        return images_BCHW + (images_BCHW.clamp(*bounds) - images_BCHW).detach()
 
 
 class ImageOptimiser:
@@ -119,7 +131,7 @@ class ImageOptimiser:
                 if pass_number < passes:
                     self._raise_dual(stretches)
         return [
-            torch.cat([s.images.detach() for s in stretches if s.part == number])
+            torch.cat([s.images(self._bounds).detach() for s in stretches if s.part == number])
             if len(part.labels)
             else part.images
             for number, part in enumerate(parts)
@@ -162,18 +174,23 @@ class ImageOptimiser:
                 torch.split(part.images, size), torch.split(part.labels, size), strict=True
             ):
                 # Channels apart: the terms on pixels are faster so. The model sees them channels last.
-                images_BCHW = images.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
-                optimiser = self._new_optimiser(images_BCHW)
-                yield _Stretch(images_BCHW, labels, optimiser, part.steps, number)
+                moved_BCHW = images.detach().clone(memory_format=torch.contiguous_format)
+                space = None
+                if self._options.space == "spectrum" and part.steps:
+                    space = CosineSpace(images.shape[2], images.shape[3], images)
+                    moved_BCHW = space.coefficients(moved_BCHW)
+                moved_BCHW.requires_grad_()
+                optimiser = self._new_optimiser(moved_BCHW)
+                yield _Stretch(moved_BCHW, space, labels, optimiser, part.steps, number)
 
-    def _new_optimiser(self, images_BCHW: Tensor) -> torch.optim.Optimizer:
+    def _new_optimiser(self, moved_BCHW: Tensor) -> torch.optim.Optimizer:
         if self._options.optimizer == "sgd":
-            return torch.optim.SGD([images_BCHW], lr=self._options.image_lr, momentum=0.9)
-        return torch.optim.Adam([images_BCHW], lr=self._options.image_lr)
+            return torch.optim.SGD([moved_BCHW], lr=self._options.image_lr, momentum=0.9)
+        return torch.optim.Adam([moved_BCHW], lr=self._options.image_lr)
 
     def _step(self, stretch: _Stretch, layers: list[LayerStatistics]) -> Tensor:
         """One projected step; returns the loss before it, a scalar."""
-        images_BCHW = stretch.images
+        images_BCHW = stretch.images(self._bounds)
         layers.clear()
         seen_BCHW = self._jittered(images_BCHW).contiguous(memory_format=torch.channels_last)
         features_BD = self._features(self._model, seen_BCHW)
@@ -188,12 +205,13 @@ class ImageOptimiser:
         loss = sums.total(sums.terms(view, self._model.head, self._dual_KD, self._options), images_BCHW)
         # For Adam the sum over images: an image's gradient is then the same in any batch, far above epsilon.
         scale = len(images_BCHW) if self._options.optimizer == "adam" else 1
-        (images_BCHW.grad,) = torch.autograd.grad(loss * scale, [images_BCHW])
+        (stretch.moved.grad,) = torch.autograd.grad(loss * scale, [stretch.moved])
         self._set_rate(stretch)
         stretch.optimiser.step()
         stretch.done += 1
-        with torch.no_grad():
-            images_BCHW.clamp_(*self._bounds)
+        if stretch.space is None:
+            with torch.no_grad():
+                stretch.moved.clamp_(*self._bounds)
         return loss.detach()
 
     def _set_rate(self, stretch: _Stretch) -> None:
@@ -205,8 +223,8 @@ class ImageOptimiser:
 
     def _jittered(self, images_BCHW: Tensor) -> Tensor:
         """The batch as this step sees it: shifted around its edges and perhaps mirrored, all images alike."""
-        if self._options.jitter:
-            most = self._options.jitter
+        most = self._options.shift_px(images_BCHW.shape[2], images_BCHW.shape[3])
+        if most:
             down, across = torch.randint(-most, most + 1, (2,), generator=self._generator).tolist()
             images_BCHW = images_BCHW.roll((down, across), (2, 3))
         if self._options.flip and int(torch.randint(2, (), generator=self._generator)):
@@ -230,7 +248,7 @@ class ImageOptimiser:
         gradient_KD = torch.zeros_like(self._dual_KD)
         count = 0
         for stretch in stretches:
-            features_BD = self._features(self._model, stretch.images)
+            features_BD = self._features(self._model, stretch.images(self._bounds))
             logits_BK = self._model.head(features_BD)
             size = len(stretch.labels)
             gradient_KD += objective.head_gradient(logits_BK, features_BD, stretch.labels) * size

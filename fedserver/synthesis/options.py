@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 # The most optimisation steps that a plan may ask for in one pass, and passes in one round.
 MAX_STEPS = 100_000
 MAX_PASSES = 1_000
+MAX_JITTER_PX = 64
+# "auto" shifts by up to so much of the shorter side: 2 of 28 pixels.
+JITTER_SHARE = 1 / 14
 
 # Steps in a pass where the plan says "auto": from noise, and for a bank of which most images are warm.
 COLD_STEPS = 100
@@ -37,10 +40,13 @@ class SynthesisOptions(BaseModel):
     optimizer: Literal["adam", "sgd"] = "adam"
     # In units of the normalised image; with "sgd", of the gradient of the batch-mean loss (published: 100).
     image_lr: float = Field(0.1, gt=0)
+    # What moves: the coefficients of a cosine transform, low frequencies first, or pixels, as published.
+    space: Literal["spectrum", "pixels"] = "spectrum"
     image_schedule: Literal["constant", "cosine"] = "cosine"
     batch_size: int = Field(160, ge=1, le=65536)
-    # Largest shift in pixels of the whole batch, drawn each step; whether half of the steps see it mirrored.
-    jitter: int = Field(0, ge=0, le=64)
+    # Largest shift in pixels of the whole batch, drawn each step ("auto": 1/14 of the shorter side); whether half of
+    # the steps see it mirrored, which not every kind of image bears.
+    jitter: int | Literal["auto"] = "auto"
     flip: bool = False
 
     # -- start and bank -------------------------------------------------------------------------
@@ -66,10 +72,10 @@ class SynthesisOptions(BaseModel):
     gamma: float = Field(0.01, ge=0)
     rho: float = Field(1.0, ge=0)
     stationarity_scale: Literal["relative", "published"] = "relative"
-    # Distance of feature statistics to those that BatchNorm has stored. None: 0.1 where the model has
+    # Distance of feature statistics to those that BatchNorm has stored. None: 30 where the model has
     # BatchNorm. The first layer counts so many times.
     batch_norm: float | None = Field(None, ge=0)
-    first_layer_weight: float = Field(10.0, gt=0)
+    first_layer_weight: float = Field(1.0, gt=0)
     # Mean squared slope (difference of neighbouring pixels at 28 pixels a side); mean squared pixel.
     total_variation: float = Field(10.0, ge=0)
     l2: float = Field(0.0, ge=0)
@@ -91,12 +97,20 @@ class SynthesisOptions(BaseModel):
     def _consistent(self) -> Self:
         if isinstance(self.steps, int) and not 0 <= self.steps <= MAX_STEPS:
             raise ValueError(f"steps is {self.steps}, expected 'auto' or 0 to {MAX_STEPS}")
+        if isinstance(self.jitter, int) and not 0 <= self.jitter <= MAX_JITTER_PX:
+            raise ValueError(f"jitter is {self.jitter}, expected 'auto' or 0 to {MAX_JITTER_PX} pixels")
         worth = self.worth_remembering
         if isinstance(worth, float | int) and not 0 <= worth < 1:
             raise ValueError(f"worth_remembering is {worth}, expected 'auto' or at least 0 and below 1")
         if (self.start == "images") != (self.start_images is not None):
             raise ValueError("start = 'images' and start_images go together: the file with public images")
         return self
+
+    def shift_px(self, height: int, width: int) -> int:
+        """Largest shift, in pixels, of images of that size."""
+        if self.jitter == "auto":
+            return min(MAX_JITTER_PX, round(min(height, width) * JITTER_SHARE))
+        return self.jitter
 
     def planned_steps(self, *, warm: bool) -> int:
         """Steps in a pass; `warm` for images that were optimised in an earlier round."""

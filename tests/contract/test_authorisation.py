@@ -1,6 +1,7 @@
 """The tables that name every method are held to the services themselves: a new RPC can't be forgotten."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,44 @@ from grpc_health.v1 import health_pb2
 from fedcore import tls
 from fedcore.channel import CALLS, call_policy, service_config
 from fedcore.errors import PermissionDeniedError
-from fedcore.identity import CLIENT_ROLES, Caller
-from fedcore.v1 import admin_pb2, enrollment_pb2, federation_pb2, tensor_pb2
-from fedserver.authorisation import ANYONE, OPERATOR, ROLES, SITE, authorise, is_public
+from fedcore.identity import Caller
+from fedcore.v1 import (
+    access_pb2,
+    admin_pb2,
+    audit_pb2,
+    certificates_pb2,
+    enrollment_pb2,
+    federation_pb2,
+    tensor_pb2,
+)
+from fedserver.audit_policy import ACTIONS, Recorded
+from fedserver.authorisation import (
+    ANY_OPERATOR,
+    ANYONE,
+    AUDITOR,
+    GRANTABLE,
+    OPERATOR,
+    OWNER,
+    ROLES,
+    SITE,
+    VIEWER,
+    authorise,
+    is_public,
+)
 
 ROOT = Path(__file__).parents[2]
 FILES: list[FileDescriptor] = [
-    module.DESCRIPTOR for module in (admin_pb2, enrollment_pb2, federation_pb2, tensor_pb2, health_pb2)
+    module.DESCRIPTOR
+    for module in (
+        access_pb2,
+        admin_pb2,
+        audit_pb2,
+        certificates_pb2,
+        enrollment_pb2,
+        federation_pb2,
+        tensor_pb2,
+        health_pb2,
+    )
 ]
 METHODS = {
     f"/{service.full_name}/{method.name}": method
@@ -26,10 +58,39 @@ METHODS = {
 }
 
 
+# Service (or method) -> roles, written down a second time on purpose: who changes the one table looks at the other.
+READERS = {VIEWER, OPERATOR, AUDITOR, OWNER}
+EXPECTED = {
+    "fedcore.v1.Federation": {SITE},
+    "fedcore.v1.Admin": READERS,
+    "fedcore.v1.Admin/WhoAmI": {ANY_OPERATOR},
+    "fedcore.v1.Admin/CreateToken": {OPERATOR, OWNER},
+    "fedcore.v1.Admin/SubmitRun": {OPERATOR},
+    "fedcore.v1.Admin/PauseRun": {OPERATOR},
+    "fedcore.v1.Admin/ResumeRun": {OPERATOR},
+    "fedcore.v1.Admin/AbortRun": {OPERATOR},
+    "fedcore.v1.Admin/UploadModel": {OPERATOR},
+    "fedcore.v1.Enrollment": {ANYONE},
+    # Every member renews its own; what changes others' is for those who may let them in.
+    "fedcore.v1.Certificates/Renew": {SITE, ANY_OPERATOR},
+    "fedcore.v1.Certificates/ListCertificates": READERS,
+    "fedcore.v1.Certificates/RevokeCertificates": {OPERATOR, OWNER},
+    "fedcore.v1.Certificates/GetAuthority": READERS,
+    "fedcore.v1.Certificates/RotateAuthority": {OWNER},
+    "fedcore.v1.Audit": {AUDITOR, OWNER},
+    "fedcore.v1.Access": {OWNER},
+    "fedcore.v1.Access/ListRoles": READERS,
+    "fedcore.v1.Access/CanI": {ANY_OPERATOR},
+    "grpc.health.v1.Health": {SITE, ANY_OPERATOR},
+}
+# What a caller may be let in as; an operator without a grant is "any operator" alone.
+ALL_ROLES = (SITE, ANY_OPERATOR, *GRANTABLE)
+
+
 def caller(role: str) -> Caller:
     from datetime import UTC, datetime
 
-    return Caller("lab", role, "x", "1", datetime.now(UTC))
+    return Caller("lab", SITE if role == SITE else "operator", "x", "1", datetime.now(UTC))
 
 
 def test_every_proto_of_the_contract_is_looked_at():
@@ -46,31 +107,60 @@ def test_the_call_table_names_exactly_the_methods_there_are():
 
 
 def test_only_known_roles_are_granted_anything_and_only_enrolment_is_public():
-    assert {role for roles in ROLES.values() for role in roles} <= {*CLIENT_ROLES, ANYONE}
-    assert [method for method in ROLES if is_public(method)] == ["/fedcore.v1.Enrollment/Enroll"]
+    assert {role for roles in ROLES.values() for role in roles} == {*ALL_ROLES, ANYONE}
+    assert {method for method in ROLES if is_public(method)} == {
+        "/fedcore.v1.Enrollment/Enroll",
+        "/fedcore.v1.Enrollment/RenewEnded",
+    }
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_a_service_belongs_to_one_role(method):
-    expected = {
-        "fedcore.v1.Federation": {SITE},
-        "fedcore.v1.Admin": {OPERATOR},
-        "fedcore.v1.Enrollment": {ANYONE},
-        "grpc.health.v1.Health": {SITE, OPERATOR},
-    }[METHODS[method].containing_service.full_name]
-    assert ROLES[method] == expected
-    for role in (*CLIENT_ROLES, "coordinator", ""):
-        if role in expected or ANYONE in expected:
-            authorise(method, caller(role))
+def test_every_role_may_call_exactly_what_it_should(method):
+    expected = EXPECTED.get(method[1:]) or EXPECTED[METHODS[method].containing_service.full_name]
+    for role in ALL_ROLES:
+        mine = frozenset({role} if role == SITE else {role, ANY_OPERATOR})
+        if mine & expected or ANYONE in expected:
+            assert authorise(method, caller(role), mine) in {role, ANY_OPERATOR, ANYONE}
         else:
             with pytest.raises(PermissionDeniedError, match="may not call"):
-                authorise(method, caller(role))
+                authorise(method, caller(role), mine)
+    if ANYONE not in expected:
+        with pytest.raises(PermissionDeniedError, match="may not call"):
+            authorise(method, caller("nobody"), frozenset())
+
+
+def test_a_caller_with_several_roles_is_let_in_by_the_least():
+    everything = frozenset({ANY_OPERATOR, *GRANTABLE})
+    assert authorise("/fedcore.v1.Admin/GetRun", caller("x"), everything) == VIEWER
+    assert authorise("/fedcore.v1.Admin/CreateToken", caller("x"), everything) == OPERATOR
+    assert authorise("/fedcore.v1.Admin/WhoAmI", caller("x"), everything) == ANY_OPERATOR
+
+
+def test_a_refusal_names_what_it_takes_and_what_the_caller_has():
+    roles = frozenset({ANY_OPERATOR, VIEWER})
+    with pytest.raises(PermissionDeniedError) as caught:
+        authorise("/fedcore.v1.Admin/SubmitRun", caller("x"), roles)
+    assert caught.value.message == (
+        "operator/x may not call Admin/SubmitRun: it is granted to operator; operator/x has viewer"
+    )
+    assert "fedctl auth can-i" in caught.value.hint
+
+
+def test_the_audit_table_names_exactly_the_methods_there_are():
+    assert set(ACTIONS) == set(METHODS)
+
+
+def test_every_method_that_changes_something_is_recorded():
+    """By the word it begins with, so that a new one can't be forgotten."""
+    reading = ("Get", "List", "Watch", "Check", "WhoAmI", "CanI", "Directives", "DeliveryOffset")
+    for method, rule in ACTIONS.items():
+        assert re.fullmatch(r"[a-z]+\.[a-z-]+", rule.action)
+        assert (rule.recorded is Recorded.NO) == method.rpartition("/")[2].startswith(reading), method
 
 
 def test_a_method_outside_the_table_is_denied_to_everybody():
-    for role in CLIENT_ROLES:
-        with pytest.raises(PermissionDeniedError, match="granted to no role"):
-            authorise("/fedcore.v1.Admin/Forgotten", caller(role))
+    with pytest.raises(PermissionDeniedError, match="granted to no role"):
+        authorise("/fedcore.v1.Admin/Forgotten", caller("x"), frozenset({*ALL_ROLES, ANYONE}))
     assert not is_public("/fedcore.v1.Admin/Forgotten")
 
 

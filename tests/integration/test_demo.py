@@ -124,6 +124,20 @@ def test_demo_trains_and_leaves_results_but_no_process(start) -> None:
     assert records[-1]["accuracy"] == final["accuracy"]
     assert records[-1]["impressions"]["made"] > 0
     assert all(used > 0 for used in records[-1]["impressions"]["used"].values())
+    for record in records:
+        scores = record["update_scores"]
+        assert scores["note"] == ""
+        assert set(scores["before"]) == {str(n) for n in range(10)}
+        assert set(scores["after"]) == set(scores["forgetting"]) == {"site-1", "site-2"}
+        for site, after in scores["after"].items():
+            drops = [max(0, scores["before"][name] - recall) for name, recall in after.items()]
+            assert scores["forgetting"][site] == pytest.approx(sum(drops) / 10)
+        # The coordinator's images, validation images, are in no other figure.
+        images = sum(site["num_examples"] for site in record["sites"].values())
+        right = sum(site["num_examples"] * site["accuracy"] for site in record["sites"].values())
+        assert record["accuracy"] == pytest.approx(right / images)
+    assert sum(records[0]["update_scores"]["before"].values()) < 5, "an untrained model knows little"
+    assert sum(records[-1]["update_scores"]["before"].values()) > 7
 
     card = json.loads((demo.out / "model.json").read_text())
     assert card["digest"] == file_digest(demo.out / "model.safetensors")
@@ -131,7 +145,10 @@ def test_demo_trains_and_leaves_results_but_no_process(start) -> None:
     manifest, _ = read_manifest(demo.out / "impressions.safetensors")
     assert {spec.name for spec in manifest.tensors} >= {"images", "labels"}
     page = Path(document["report"]).read_text()
-    assert page.count("data:image/png;base64,") >= 10
+    assert page.count("data:image/png;base64,") >= 30, "the last bank, and one a class in two rounds"
+    assert page.count('class="mark"') == 1, "forgetting, marked where impressions began"
+    assert page.count("<h2>Recall of each class before and after local training") == 2
+    assert "<h2>Impressions over rounds</h2>" in page
     assert "site-2" in page
     partition = json.loads((demo.out / "partition.json").read_text())
     assert set(partition["sites"]) == {"site-1", "site-2"}

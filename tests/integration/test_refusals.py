@@ -306,6 +306,9 @@ def test_nan_and_inf_are_refused_by_name(waiting: Waiting, value: float) -> None
     assert waiting.offset(poisoned).offset == 0
     report = federation_pb2.UpdateReport(num_examples=5, train_loss=value)
     assert "its report holds" in waiting.refused(update.parts(report=report), NonFiniteError)
+    check = federation_pb2.ImpressionCheck(num_checked=3, pixel_limit=0.3, pixel_smallest=value)
+    report = federation_pb2.UpdateReport(num_examples=5, impression_check=check)
+    assert "pixel_smallest" in waiting.refused(update.parts(report=report), NonFiniteError)
 
 
 def test_a_report_of_no_images_is_refused(waiting: Waiting) -> None:

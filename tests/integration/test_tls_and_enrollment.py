@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from fedagent.enroll import enroll
 from fedcore import tls as _tls  # noqa: F401 - before grpc
+from fedcore.audit_store import AuditLog
 from fedcore.channel import (
     CALLS,
     SERVER_OPTIONS,
@@ -44,13 +46,19 @@ from fedcore.errors import (
 from fedcore.identity import Subject
 from fedcore.pki import fingerprint, make_issuing_ca, make_root, new_key
 from fedcore.status import exit_code_of, from_rpc_error
-from fedserver.authorisation import ANYONE, ROLES
+from fedserver.authorisation import ANY_OPERATOR, ANYONE, GRANTABLE, OPERATOR, OWNER, ROLES, SITE
 from fedserver.authority import Authority, load_authority
+from fedserver.call_audit import CallAudit
+from fedserver.certificates import Certificates
 from fedserver.config import ServerHome
+from fedserver.grants import Grants, grant
 from fedserver.initialise import initialise
 from fedserver.interceptors import caller_of, edge_interceptors
-from fedserver.registry import Registry
+from fedserver.registry import Registry, record_certificate
 from fedserver.schema import MIGRATIONS
+from fedserver.services.access import AccessService
+from fedserver.services.audit import AuditService
+from fedserver.services.certificates import CertificatesService
 from fedserver.services.enrollment import EnrollmentService
 from fedserver.services.health import HealthService
 from fedserver.tokens import Tokens
@@ -59,7 +67,17 @@ from fedserver.tokens import Tokens
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from fedcore.v1 import admin_pb2, admin_pb2_grpc, enrollment_pb2_grpc, federation_pb2, federation_pb2_grpc
+from fedcore.v1 import (
+    access_pb2_grpc,
+    admin_pb2,
+    admin_pb2_grpc,
+    audit_pb2_grpc,
+    certificates_pb2_grpc,
+    enrollment_pb2,
+    enrollment_pb2_grpc,
+    federation_pb2,
+    federation_pb2_grpc,
+)
 
 
 class AdminProbe(admin_pb2_grpc.AdminServicer):
@@ -135,11 +153,24 @@ class Edge:
     async def _serve(self, started: threading.Event) -> None:
         self._stopped = asyncio.Event()
         credential = load_credential(self.home.credential, datetime.now(UTC))
-        interceptors = edge_interceptors("lab", self.clock)
+        certificates = self.certificates = Certificates(self.database, lambda: self.authority, self.clock)
+        interceptors = edge_interceptors(
+            "lab",
+            certificates.check,
+            self.clock,
+            roles_of=Grants(self.database).roles_of,
+            audit=CallAudit(AuditLog(self.database)),
+        )
         main = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
         self.probe = AdminProbe()
         admin_pb2_grpc.add_AdminServicer_to_server(self.probe, main)
         federation_pb2_grpc.add_FederationServicer_to_server(federation_pb2_grpc.FederationServicer(), main)
+        certificates_pb2_grpc.add_CertificatesServicer_to_server(
+            CertificatesService(certificates, 1, cast(Any, None)), main
+        )
+        grants, audit = Grants(self.database), AuditLog(self.database)
+        access_pb2_grpc.add_AccessServicer_to_server(AccessService(grants), main)
+        audit_pb2_grpc.add_AuditServicer_to_server(AuditService(audit, grants), main)
         self.health = HealthService()
         self.health.set("fedcore.v1.Federation", True)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, main)
@@ -152,13 +183,13 @@ class Edge:
         )
         self.tokens = Tokens(
             self.database,
-            self.authority,
+            lambda: self.authority,
             coordinator=self.coordinator,
             enroll_port=self.enroll_port,
             clock=self.clock,
         )
         enrollment_pb2_grpc.add_EnrollmentServicer_to_server(
-            EnrollmentService(self.tokens, self.coordinator), enrolment
+            EnrollmentService(self.tokens, certificates, self.coordinator, self.enroll_port), enrolment
         )
         # A mistake on purpose: even served on the port that asks for no certificate, Admin stays closed.
         admin_pb2_grpc.add_AdminServicer_to_server(AdminProbe(), enrolment)
@@ -179,14 +210,16 @@ class Edge:
     def credential(self, folder: Path, subject: Subject, authority: Authority | None = None, **more) -> Path:
         key = new_key()
         signer = authority or self.authority
-        chain = signer.issue(subject, key.public_key(), more.pop("now", datetime.now(UTC)))
+        now = more.pop("now", datetime.now(UTC))
+        chain = signer.issue(subject, key.public_key(), now)
+        self.database.write_now(lambda c: record_certificate(c, chain[0], subject, now))
         write_credential(
             folder,
             coordinator=self.coordinator,
             subject=subject,
             key=key,
             chain=chain,
-            root=more.pop("root", signer.root),
+            roots=[more.pop("root", signer.root)],
         )
         return folder
 
@@ -198,6 +231,8 @@ def edge(tmp_path_factory) -> Iterator[Edge]:
     paths = ServerHome(home)
     database = open_database(paths.database, MIGRATIONS)
     edge = Edge(paths, load_authority(paths.pki, "lab"), database)
+    for role in (OPERATOR, OWNER):
+        database.write_now(lambda c, role=role: grant(c, "ann", role, datetime.now(UTC), "test"))
     edge.start()
     yield edge
     edge.stop()
@@ -214,6 +249,20 @@ def operator(edge, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def site(edge, tmp_path_factory) -> Path:
     return edge.credential(tmp_path_factory.mktemp("site") / "credential", Subject("lab", "site", "clinic-a"))
+
+
+@pytest.fixture(scope="module")
+def members(edge, site, tmp_path_factory) -> dict[str, Path]:
+    """A credential for each role a caller may be let in as; the operator without a grant is ANY_OPERATOR."""
+    folders = {SITE: site}
+    for number, role in enumerate((ANY_OPERATOR, *GRANTABLE)):
+        name = f"member-{number}"
+        folders[role] = edge.credential(
+            tmp_path_factory.mktemp(name) / "credential", Subject("lab", "operator", name)
+        )
+        if role != ANY_OPERATOR:
+            edge.database.write_now(lambda c, n=name, r=role: grant(c, n, r, datetime.now(UTC), "test"))
+    return folders
 
 
 def admin_error(
@@ -304,7 +353,7 @@ def test_site_and_coordinator_certificates_do_not_open_admin(edge, tmp_path, sub
         return
     assert isinstance(error, PermissionDeniedError)
     assert exit_code_of(error) == 4
-    assert "site/x may not call Admin/WhoAmI: it is granted to operator" in error.message
+    assert "site/x may not call Admin/WhoAmI: it is granted to any operator" in error.message
 
 
 def test_an_operator_may_not_speak_for_a_site(edge, operator):
@@ -428,14 +477,16 @@ def outcome(channel: grpc.Channel, method: str) -> FedimpresError | None:
 
 
 @pytest.mark.parametrize("method", sorted(ROLES))
-def test_every_method_lets_in_the_roles_of_the_table_and_nobody_else(edge, operator, site, method):
-    for role, folder in (("operator", operator), ("site", site)):
+def test_every_method_lets_in_the_roles_of_the_table_and_nobody_else(edge, members, method):
+    for role, folder in members.items():
         with open_sync_channel(folder) as channel:
             error = outcome(channel, method)
         if ANYONE in ROLES[method]:  # not served on this port at all
             assert isinstance(error, ProtocolError)
-        elif role in ROLES[method]:
-            assert not isinstance(error, PermissionDeniedError | IdentityError)
+        elif ROLES[method] & {role, role if role == SITE else ANY_OPERATOR}:
+            assert not isinstance(error, PermissionDeniedError)
+            # Renew's handler found its empty request wanting; the caller had been let in.
+            assert not isinstance(error, IdentityError) or "certificate request" in error.message
         else:
             assert isinstance(error, PermissionDeniedError), (role, error)
     root = grpc.ssl_channel_credentials(edge.authority.root_pem.encode())
@@ -446,7 +497,8 @@ def test_every_method_lets_in_the_roles_of_the_table_and_nobody_else(edge, opera
         if port == edge.main_port:
             assert isinstance(error, UnreachableError)
         elif ANYONE in ROLES[method]:
-            assert isinstance(error, TokenError)
+            assert isinstance(error, IdentityError)
+            assert "no client certificate" not in error.message
         elif "Admin" in method:  # served there by mistake: identity refuses
             assert type(error) is IdentityError
             assert "no client certificate" in error.message
@@ -605,3 +657,46 @@ def test_credential_folders_do_not_survive_a_missing_file(edge, site, tmp_path):
     (copy / "tls.key").unlink()
     with pytest.raises(FedimpresError, match=r"tls\.key"):
         open_sync_channel(copy)
+
+
+def test_ten_thousand_guesses_leave_enrolment_answering_others(edge, tmp_path):
+    token = decode_token(edge.token("clinic-guessed"))
+    tokens = iter([edge.token(f"clinic-g{number}") for number in range(4)])
+    root = grpc.ssl_channel_credentials(edge.authority.root_pem.encode())
+    refused: list[FedimpresError] = []
+    before = AuditLog(edge.database).head().sequence
+    with grpc.secure_channel(f"localhost:{edge.enroll_port}", root, client_options()) as channel:
+        enroll_call = enrollment_pb2_grpc.EnrollmentStub(channel).Enroll
+        for batch in range(40):
+            guesses = [
+                enroll_call.future(
+                    enrollment_pb2.EnrollRequest(
+                        token_id=token.id if number % 2 else f"{number:016x}",
+                        token_secret=f"guess-{batch}-{number}",
+                        csr_pem="x" * 1000,
+                    )
+                )
+                for number in range(250)
+            ]
+            if batch % 10 == 5:  # in the midst of them, somebody enrols
+                home = tmp_path / f"home-{batch}"
+                enroll(
+                    home,
+                    coordinator=edge.coordinator,
+                    token=next(tokens),
+                    ca_fingerprint=edge.authority.root_fingerprint,
+                )
+            refused += [from_rpc_error(guess.exception(), "coordinator") for guess in guesses]
+    assert len(refused) == 10_000
+    assert {(type(error), error.message) for error in refused} == {
+        (TokenError, "the enrolment token is not known here")
+    }
+    assert {f"clinic-g{number}" for number in range(4)} <= set(edge.sites())
+    assert "clinic-guessed" not in edge.sites()
+    # The log says that it happened and how often, without being flooded.
+    found = [entry.document for entry in AuditLog(edge.database).walk(before)]
+    guesses_seen = [one for one in found if one["result"] == "token_refused"]
+    assert 20 <= len(guesses_seen) <= 40
+    # Those after the first twenty say how many were left out before them.
+    assert all(one["detail"]["refusals_not_recorded"] > 0 for one in guesses_seen[20:])
+    assert len([one for one in found if one["result"] == "ok"]) == 4

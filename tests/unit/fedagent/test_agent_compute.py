@@ -46,6 +46,7 @@ def site(tmp_path):
         "objective": "cross_entropy",
         "objective_options": {},
         "local_tensors": [],
+        "check_impressions": True,
         "state": str(tmp_path / "state"),
         "out": str(tmp_path / "update"),
     }
@@ -87,8 +88,9 @@ def test_the_process_answers_its_commands(site, tmp_path):
     report = trained["report"]
     assert set(report) == {
         "num_examples", "num_steps", "train_loss", "num_impressions", "seconds", "threads", "device",
-        "corrupt_images",
+        "corrupt_images", "impression_check",
     }  # fmt: skip
+    assert report["impression_check"] is None
     assert (report["num_examples"], report["num_steps"], report["device"]) == (30, 4, "cpu")
     assert trained["digest"] == save_state(tmp_path / "copy", load_tensors(tmp_path / "update"))
     assert progress[-1]["done"] == progress[-1]["total"] == 4

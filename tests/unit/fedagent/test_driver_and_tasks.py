@@ -4,15 +4,20 @@ import asyncio
 import json
 import os
 import textwrap
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from fedagent.agent_machine import is_run
+from fedagent.agent_machine import is_run, stopped
+from fedagent.audit import SiteAudit, open_site_audit
 from fedagent.config import AgentConfig, AgentHome
 from fedagent.driver import AgentDriver
+from fedagent.gate import SiteGate
+from fedagent.pause import pause, resume
+from fedagent.policy import SitePolicy
 from fedagent.tasks import Tasks
 from fedagent.transfer import Transfers, load_record
 from fedcore.artifact_store import ArtifactStore
@@ -55,7 +60,8 @@ class Site:
         self.model = write_tensor_file(path, {"w": (spec, bytes(8))})
         self.store.adopt(path, self.model)
         self.said: list[federation_pb2.AgentMessage] = []
-        self.transfers = Transfers("a", self.store, self._no_stub)
+        self.audit_file = open_site_audit(self.home.audit)
+        self.transfers = Transfers("a", self.store, self._no_stub, audit=SiteAudit(self.audit_file))
         self.tasks = Tasks("a", self.home, AgentConfig(), host, self.store, self.transfers, self.said.append)
 
     def _no_stub(self) -> Any:
@@ -88,8 +94,10 @@ def host(tmp_path: Path) -> ComputeHost:
 
 
 @pytest.fixture
-def site(tmp_path: Path, host: ComputeHost) -> Site:
-    return Site(tmp_path / "site", host)
+def site(tmp_path: Path, host: ComputeHost) -> Iterator[Site]:
+    made = Site(tmp_path / "site", host)
+    yield made
+    made.audit_file.close()
 
 
 def go(host: ComputeHost, story: Coroutine[Any, Any, None]) -> None:
@@ -170,7 +178,7 @@ class Coordinator:
         def refuse() -> Any:
             raise UnreachableError("no coordinator here")
 
-        self.driver = AgentDriver("a", refuse, 60.0, 1)
+        self.driver = AgentDriver("a", refuse, 60.0, 1, audit=cast(Any, None))  # it never connects
         self.driver._tasks = tasks
 
     def failures(self) -> list[federation_pb2.TaskFailed]:
@@ -233,3 +241,105 @@ def test_a_run_that_is_no_name_reaches_no_path(run: str, kind: str, site: Site, 
     go(host, story())
     assert sorted(site.home.root.rglob("*")) == before
     assert json.dumps(site.said) == "[]"
+
+
+class Busy:
+    """Tasks that last until they are withdrawn."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.released = 0
+
+    async def describe(self) -> federation_pb2.Capabilities:
+        return federation_pb2.Capabilities(models=["cnn"], num_examples=40)
+
+    async def train(self, task: Any) -> None:
+        self.running += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.running -= 1
+
+    async def release(self) -> None:
+        assert self.running == 0, "released while a task was in progress"
+        self.released += 1
+
+
+def test_a_pause_ends_the_task_at_once_is_told_and_holds_until_resume(tmp_path: Path) -> None:
+    async def story() -> None:
+        tasks, gate = Busy(), SiteGate(tmp_path / "paused", SitePolicy(min_images=40))
+        told = Coordinator(tasks)
+        told.driver._gate = gate
+        told.driver._found = await tasks.describe()
+        directive = federation_pb2.Directive(train=federation_pb2.TrainTask(run="blood-1", round=3))
+        await told.driver._look_at_gate()
+        told.driver._obey(directive)
+        await asyncio.sleep(0.01)
+        assert (tasks.running, told.driver._capabilities().unavailable_reason) == (1, "")
+
+        pause(tmp_path / "paused", "scanner is down", datetime.now(UTC))
+        await told.driver._look_at_gate()
+        assert (tasks.running, tasks.released) == (0, 1)
+        (failed,) = told.failures()
+        assert (failed.run, failed.round, failed.evaluating) == ("blood-1", 3, False)
+        assert failed.reason.endswith("scanner is down")
+        assert told.driver._capabilities().unavailable_reason == failed.reason
+        told.driver._obey(directive)
+        await asyncio.sleep(0.01)
+        assert tasks.running == 0
+        assert [again.reason for again in told.failures()] == [failed.reason]
+
+        resume(tmp_path / "paused")
+        await told.driver._look_at_gate()
+        assert told.driver._capabilities().unavailable_reason == ""
+        assert told.driver._capabilities().models == ["cnn"]
+        told.driver._obey(directive)
+        await asyncio.sleep(0.01)
+        assert tasks.running == 1
+        told.driver._step(*stopped(told.driver._state, ""))
+        await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(story(), 20))
+
+
+def test_what_the_policy_forbids_touches_neither_line_nor_disk(site: Site, host: ComputeHost) -> None:
+    policy = SitePolicy(objectives=("plain",), receive_impressions=False)
+    site.tasks = Tasks(
+        "a", site.home, AgentConfig(), host, site.store, site.transfers, site.said.append, policy
+    )
+    task = site.train("blood-1")
+    task.objective = "proximal"
+    before = sorted(site.home.root.rglob("*"))
+    go(host, site.tasks.train(task))
+    task.objective = "plain"
+    task.impressions.digest = "0" * 64
+    go(host, site.tasks.train(task))
+    assert [failed.reason for failed in site.failures()] == [
+        "refuses: policy forbids objective 'proximal' (allowed: plain)",
+        "refuses: policy forbids to receive impressions",
+    ]
+    assert sorted(site.home.root.rglob("*")) == before
+    assert host.pid is None, "no compute process was started for it"
+
+
+def test_a_computation_beyond_the_hours_is_withdrawn_and_told(
+    site: Site, host: ComputeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = []
+
+    async def endless(*args: Any) -> Any:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(args[0])
+
+    monkeypatch.setattr(host, "run", endless)
+    policy = SitePolicy(max_hours_per_round=0.05 / 3600)
+    site.tasks = Tasks(
+        "a", site.home, AgentConfig(), host, site.store, site.transfers, site.said.append, policy
+    )
+    go(host, site.tasks.train(site.train("blood-1")))
+    go(host, site.tasks.evaluate(site.evaluate("blood-1")))
+    assert ended == ["train", "evaluate"]
+    assert len(site.failures()) == 2
+    assert all("hours a round, and they are over" in failed.reason for failed in site.failures())

@@ -1,7 +1,7 @@
 """Fetch and deliver over a real gRPC connection to a service with scripted faults: cut, resume, refuse, damage."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from fedagent import transfer
+from fedagent.audit import Purpose, SiteAudit, open_site_audit
 from fedagent.transfer import Transfers, load_record, save_record
 from fedcore.artifact_store import ArtifactStore
+from fedcore.audit import verify
 from fedcore.errors import (
     DigestMismatchError,
     FedimpresError,
@@ -84,9 +86,13 @@ class Scripted(federation_pb2_grpc.FederationServicer):
         return federation_pb2.DeliverReply(outcome=federation_pb2.DeliverReply.OUTCOME_STORED)
 
 
+MODEL = Purpose("model", "r", 1)
+
+
 class Case:
     def __init__(self, root: Path) -> None:
         self.store = ArtifactStore(root / "site")
+        self.audit_file = open_site_audit(root / "audit.db")
         source = root / "source.safetensors"
         self.digest = write_tensor_file(
             source, {"w": (TensorSpec("w", "I64", (SIZE // 8,)), bytes(range(250)) * 32)}
@@ -103,7 +109,7 @@ class Case:
                 raise UnreachableError("not connected to the coordinator")
             return self.stub
 
-        return Transfers("a", self.store, stub)
+        return Transfers("a", self.store, stub, audit=SiteAudit(self.audit_file))
 
     def note(self, done: int, total: int) -> None:
         self.moved.append((done, total))
@@ -126,9 +132,11 @@ async def connected(case: Case) -> AsyncIterator[Transfers]:
 
 
 @pytest.fixture
-def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
+def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
     monkeypatch.setattr(transfer, "_BACKOFF_S", (0.01, 0.02))
-    return Case(tmp_path)
+    made = Case(tmp_path)
+    yield made
+    made.audit_file.close()
 
 
 def go(story: Coroutine[Any, Any, None]) -> None:
@@ -143,7 +151,7 @@ def test_a_fetch_that_is_cut_goes_on_where_it_was(case: Case) -> None:
     async def story() -> None:
         case.service.cuts = [2 * CHUNK, 5 * CHUNK, 5 * CHUNK]
         async with connected(case) as transfers:
-            path = await transfers.fetch(case.ref, case.note)
+            path = await transfers.fetch(case.ref, case.note, MODEL)
         assert path.read_bytes() == case.service.path.read_bytes()
         assert case.service.asked == [0, 2 * CHUNK, 5 * CHUNK, 5 * CHUNK]
         assert [done for done, _ in case.moved] == [CHUNK * n for n in range(1, 11)]
@@ -156,14 +164,14 @@ def test_a_fetch_that_is_cut_goes_on_where_it_was(case: Case) -> None:
 def test_what_is_here_is_not_fetched_again_unless_it_is_damaged(case: Case) -> None:
     async def story() -> None:
         async with connected(case) as transfers:
-            path = await transfers.fetch(case.ref, case.note)
-            await transfers.fetch(case.ref, case.note)
+            path = await transfers.fetch(case.ref, case.note, MODEL)
+            await transfers.fetch(case.ref, case.note, MODEL)
             assert case.service.asked == [0]
             restarted = case.transfers()
-            await restarted.fetch(case.ref, case.note)
+            await restarted.fetch(case.ref, case.note, MODEL)
             assert case.service.asked == [0]
             path.write_bytes(path.read_bytes()[:-1] + b"x")
-            await case.transfers().fetch(case.ref, case.note)
+            await case.transfers().fetch(case.ref, case.note, MODEL)
             assert case.service.asked == [0, 0]
             assert case.store.intact(case.digest)
 
@@ -176,7 +184,7 @@ def test_a_partial_file_that_does_not_fit_is_begun_again(case: Case) -> None:
             part = case.store.root / "partial" / f"{case.digest}.part"
             for left in (b"", b"short", b"\x08" + bytes(999)):
                 part.write_bytes(left)
-                path = await transfers.fetch(case.ref, case.note)
+                path = await transfers.fetch(case.ref, case.note, MODEL)
                 assert path.read_bytes() == case.service.path.read_bytes()
                 case.store.delete(case.digest)
 
@@ -188,13 +196,13 @@ def test_wrong_bytes_are_refused_and_not_kept(case: Case) -> None:
         async with connected(case) as transfers:
             case.service.flip = 100
             with pytest.raises(DigestMismatchError, match="a fetch: digest of the bytes"):
-                await transfers.fetch(case.ref, case.note)
+                await transfers.fetch(case.ref, case.note, MODEL)
             case.service.flip, case.service.digest = None, "0" * 64
             with pytest.raises(TransferError, match="expected"):
-                await transfers.fetch(case.ref, case.note)
+                await transfers.fetch(case.ref, case.note, MODEL)
             case.service.digest, case.service.error = "", NotFoundError("gone")
             with pytest.raises(NotFoundError, match="gone"):
-                await transfers.fetch(case.ref, case.note)
+                await transfers.fetch(case.ref, case.note, MODEL)
         assert partials(case) == []
         assert list(case.store.digests()) == []
 
@@ -229,7 +237,7 @@ def test_a_delivery_that_is_there_is_not_sent_and_a_refused_one_not_repeated(cas
 
 def test_without_a_connection_a_transfer_waits_until_there_is_one(case: Case) -> None:
     async def story() -> None:
-        waiting = asyncio.create_task(case.transfers().fetch(case.ref, case.note))
+        waiting = asyncio.create_task(case.transfers().fetch(case.ref, case.note, MODEL))
         await asyncio.sleep(0.05)
         assert not waiting.done()
         async with connected(case):
@@ -260,7 +268,7 @@ def test_the_coordinators_full_disk_passes_ones_own_damaged_file_does_not(case: 
 def test_what_no_task_needs_is_forgotten(case: Case) -> None:
     async def story() -> None:
         async with connected(case) as transfers:
-            await transfers.fetch(case.ref, case.note)
+            await transfers.fetch(case.ref, case.note, MODEL)
             stale = case.store.root / "partial" / ("1" * 64 + ".part")
             stale.write_bytes(b"x")
             transfers.forget_all_but({case.digest})
@@ -281,3 +289,48 @@ def test_a_record_that_cannot_be_read_is_none(tmp_path: Path, text: str) -> None
     save_record(path, {"digest": "d", "report": {}})
     assert load_record(path) == {"digest": "d", "report": {}}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def records(case: Case) -> list[dict[str, Any]]:
+    log = SiteAudit(case.audit_file).log
+    assert verify(log.walk()).finding is None
+    return [entry.document for entry in log.walk()]
+
+
+def test_every_byte_that_leaves_and_arrives_is_in_the_site_s_log(case: Case) -> None:
+    async def story() -> None:
+        case.service.cuts = [5 * CHUNK]
+        async with connected(case) as transfers:
+            path = await transfers.fetch(case.ref, case.note, MODEL)
+            await transfers.fetch(case.ref, case.note, MODEL)  # is there: nothing arrives
+            case.service.cuts = [2 * CHUNK]
+            await transfers.deliver(case.key, path, {"num_examples": 3}, case.note)
+
+    go(story())
+    received, *deliveries = records(case)
+    assert (received["action"], received["object"]) == ("artifact.receive", f"artifact/{case.digest}")
+    assert received["detail"] == {"purpose": "model", "run": "r", "round": 1, "bytes": SIZE}
+    said = [(one["action"], one["result"], one["detail"].get("offset")) for one in deliveries]
+    assert said == [
+        ("artifact.send", "ok", 0),
+        ("artifact.sent", "cut", None),
+        ("artifact.send", "ok", 2 * CHUNK),
+        ("artifact.sent", "ok", None),
+    ]
+    assert all(one["object"] == f"artifact/{case.digest}" for one in deliveries)
+    assert all(one["detail"]["purpose"] == "update" for one in deliveries)
+    # What was handed over, and thrown away by the cut, counts as well.
+    assert deliveries[1]["detail"]["bytes"] >= 2 * CHUNK
+    assert deliveries[3]["detail"]["bytes"] == SIZE - 2 * CHUNK
+
+
+def test_nothing_leaves_that_can_not_be_recorded(case: Case) -> None:
+    async def story() -> None:
+        async with connected(case) as transfers:
+            path = await transfers.fetch(case.ref, case.note, MODEL)
+            case.audit_file.close()
+            with pytest.raises(StorageError):
+                await transfers.deliver(case.key, path, {"num_examples": 3}, case.note)
+
+    go(story())
+    assert case.service.received == b""

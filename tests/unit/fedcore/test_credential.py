@@ -1,12 +1,15 @@
 """Credential folders are consistent or refused, and replaced as a whole."""
 
+import errno
 import socket
+import threading
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedcore import credential as credential_module
 from fedcore.channel import client_options, open_enrollment_channel
 from fedcore.credential import join_address, load_credential, split_address, write_credential
 from fedcore.enrollment_token import EnrollmentToken, decode_token
@@ -28,7 +31,7 @@ def write(folder, subject=SITE, **more):
     leaf = make_leaf(
         ISSUING, key.public_key(), federation="lab", spiffe_id=SITE.spiffe_id, hosts=(), server=False, now=NOW
     )
-    terms = {"chain": [leaf, ISSUING.certificate], "root": ROOT.certificate, "key": key, **more}
+    terms = {"chain": [leaf, ISSUING.certificate], "roots": [ROOT.certificate], "key": key, **more}
     write_credential(folder, coordinator="fed.example.org:8443", subject=subject, **terms)
     return folder
 
@@ -80,10 +83,13 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path):
         IdentityError, match="names spiffe://lab/site/clinic-a, expected spiffe://lab/operator"
     ):
         load_credential(folder, NOW)
-    write(folder, replace=True, root=ROOT.certificate)
-    (folder / "ca.crt").write_bytes(certificates_to_pem([ROOT.certificate] * 2))
-    with pytest.raises(IdentityError, match="holds 2 certificates"):
-        load_credential(folder, NOW)
+    write(folder, replace=True, roots=[ROOT.certificate])
+
+
+def test_two_roots_are_trusted_while_a_federation_moves_to_a_new_one(tmp_path):
+    folder = tmp_path / "credential"
+    write(folder, roots=[make_root("lab", NOW).certificate, ROOT.certificate])
+    assert load_credential(folder, NOW).subject.id == "clinic-a"
 
 
 def test_an_ended_credential_is_refused_unless_it_is_only_shown(tmp_path):
@@ -183,3 +189,54 @@ def test_anything_else_is_no_token_and_is_not_repeated(text):
     with pytest.raises(TokenError) as caught:
         decode_token(text)
     assert caught.value.__cause__ is None
+
+
+def test_a_key_that_others_may_read_is_refused(tmp_path):
+    folder = tmp_path / "credential"
+    write(folder)
+    for mode in (0o640, 0o604, 0o660):
+        (folder / "tls.key").chmod(mode)
+        with pytest.raises(ConfigError, match=f"private key with mode {mode:04o}, expected 0600") as caught:
+            load_credential(folder, NOW)
+        assert f"chmod 600 {folder / 'tls.key'}" in caught.value.hint
+    (folder / "tls.key").chmod(0o400)
+    load_credential(folder, NOW)
+
+
+def test_readers_never_meet_half_a_credential_while_it_is_replaced(tmp_path):
+    """A writer replaces the folder, each time with another key, while a reader loads it again and again."""
+    folder = tmp_path / "credential"
+    write(folder)
+    stop = threading.Event()
+
+    def replace():
+        while not stop.is_set():
+            write(folder, replace=True)
+
+    writer = threading.Thread(target=replace)
+    writer.start()
+    try:
+        seen = set()
+        while len(seen) < 10:  # pytest's timeout ends what never comes
+            seen.add(load_credential(folder, NOW).certificate.serial_number)
+    finally:
+        stop.set()
+        writer.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["credential"]
+
+
+def test_where_folders_cannot_be_exchanged_a_crash_between_the_renames_is_mended(tmp_path, monkeypatch):
+    folder = tmp_path / "credential"
+    write(folder)
+    first = load_credential(folder, NOW).certificate
+
+    def unsupported(one, other):
+        raise OSError(errno.EINVAL, "not on NFS")
+
+    monkeypatch.setattr(credential_module, "exchange", unsupported)
+    write(folder, replace=True)
+    second = load_credential(folder, NOW).certificate
+    assert second != first
+    folder.rename(tmp_path / ".credential.old")  # killed after the first of the two renames
+    assert load_credential(folder, NOW).certificate == second
+    assert folder.is_dir()

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fedcore.data import DatasetSummary, dataset_names, open_dataset
 from fedcore.data.medmnist_reader import fetch, load_info
-from fedcore.data.npz_reader import read_test_set
+from fedcore.data.npz_reader import read_held_out, read_test_set
 from fedcore.errors import ConfigError, CorruptImagesError, DataError, PlanError
 from fedcore.plan import Plan
 
@@ -221,6 +221,19 @@ def test_a_test_set_of_the_coordinators_needs_no_training_images(tmp_path: Path)
     npz(path, test_images=np.full((3, 8, 8), np.nan), test_labels=np.zeros(3, int))
     with pytest.raises(CorruptImagesError, match="3 of 3 images"):
         read_test_set(path, plan())
+
+
+def test_held_out_images_are_the_validation_split_or_else_the_test_split(tmp_path: Path) -> None:
+    splits = {"test_images": images(3), "test_labels": np.array([2, 0, 1])}
+    path = npz(tmp_path / "a.npz", **splits)
+    assert read_held_out(path, plan()).labels.tolist() == [2, 0, 1]
+    npz(path, **splits, val_images=images(2), val_labels=np.array([1, 1]))
+    held_out = read_held_out(path, plan())
+    assert np.array_equal(held_out.images, images(2))
+    assert held_out.labels.tolist() == [1, 1]
+    npz(path, train_images=images(2), train_labels=np.array([1, 1]))
+    with pytest.raises(DataError, match="no array 'test_labels'"):
+        read_held_out(path, plan())
 
 
 # folder

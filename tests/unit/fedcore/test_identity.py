@@ -105,7 +105,7 @@ def test_time_is_checked_on_every_call_although_parsing_is_cached():
     [
         ("site", "enrol again with a new token"),
         ("operator", "ask whoever runs the coordinator"),
-        ("coordinator", "make a new federation"),
+        ("coordinator", "renews it when it starts"),
         ("", "clock"),
     ],
 )

@@ -104,6 +104,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"data__class_names": ["a", "a"]}, "class_names holds a name twice"),
     ({"data__class_names": ["a"]}, "data.class_names has 1 names, model.classes is 2"),
     ({"data__max_corrupt_fraction": 2}, "'data.max_corrupt_fraction'"),
+    ({"evaluation__updates_images": 0}, "'evaluation.updates_images'"),
+    ({"evaluation__update_data": "x"}, "unknown key 'evaluation.update_data'"),
     ({"transform__size": [32, 32]}, r"transform.size is \[32, 32\], model.input says \[28, 28\]"),
     ({"transform__channels": 1}, "transform.channels is 1, model.input says 3"),
     ({"transform__mean": [0.5]}, "transform.mean has 1 numbers, model.input has 3 channels"),

@@ -107,8 +107,9 @@ class ScriptedAdmin(admin_pb2_grpc.AdminServicer):
     def WhoAmI(self, request, context):
         self._enter("WhoAmI", request, context)
         return admin_pb2.WhoAmIReply(
-            federation="lab", role="operator", id="admin", serial="0a", not_after="2026-02-01T00:00:00+00:00"
-        )
+            federation="lab", role="operator", id="admin", serial="0a", not_after="2026-02-01T00:00:00+00:00",
+            roles=["operator", "owner"],
+        )  # fmt: skip
 
     def GetStatus(self, request, context):
         self._enter("GetStatus", request, context)

@@ -42,7 +42,7 @@ def table(*args: str) -> str:
 
 def test_whoami(lab) -> None:
     assert run_ok("auth", "whoami") == {
-        "federation": "lab", "role": "operator", "id": "admin", "serial": "0a",
+        "federation": "lab", "role": "operator", "roles": ["operator", "owner"], "id": "admin", "serial": "0a",
         "not_after": "2026-02-01T00:00:00+00:00",
     }  # fmt: skip
     assert "operator" in table("auth", "whoami")

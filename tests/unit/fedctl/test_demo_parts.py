@@ -3,8 +3,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from fedcore.data.npz_reader import read_held_out
 from fedcore.errors import ComputeError, ConflictError, UnreachableError
 from fedcore.plan import parse_plan
 from fedctl.demo_data import prepare_data
@@ -38,6 +40,36 @@ def test_data_is_dealt_into_one_file_a_site(tmp_path: Path) -> None:
     assert data.image_shape == (1, 8, 8)
     assert sum(sum(counts.values()) for counts in data.holdings.values()) == pytest.approx(0.6 * 1797, abs=12)
     assert "alpha 0.5" in data.split
+
+
+def test_the_coordinator_gets_validation_images_and_no_others(tmp_path: Path) -> None:
+    data = prepare_data(
+        "digits", None, sites=2, alpha=0.5, seed=1, folder=tmp_path / "data", record=tmp_path / "p.json"
+    )
+    assert data.coordinator is not None
+    with np.load(data.coordinator) as own:
+        assert sorted(own) == ["val_images", "val_labels"]
+        coordinators = {image.tobytes() for image in own["val_images"]}
+        count = len(own["val_labels"])
+    held: dict[str, set[bytes]] = {"train": set(), "val": set(), "test": set()}
+    sizes = dict.fromkeys(held, 0)
+    for site in data.sites:
+        with np.load(site.data) as file:
+            for split, images in held.items():
+                images |= {image.tobytes() for image in file[f"{split}_images"]}
+                sizes[split] += len(file[f"{split}_labels"])
+    assert (coordinators, count) == (held["val"], sizes["val"])
+    assert count > 300
+    assert not coordinators & held["test"]
+    document = plan_document(
+        dataset="digits", sites=["site-1", "site-2"], rounds=1, strategy="fedavg", seed=1,
+        class_names=data.class_names, image_shape=data.image_shape, updates_data=data.coordinator,
+    )  # fmt: skip
+    plan = parse_plan(to_toml(document))
+    assert plan.evaluation.updates_data == str(data.coordinator)
+    assert plan.evaluation.data is None, "the figures stay the sites'"
+    images = read_held_out(data.coordinator, plan)
+    assert (images.images.shape, images.labels.dtype) == ((count, 8, 8, 1), np.int64)
 
 
 def test_repeating_command_names_what_was_asked(tmp_path: Path) -> None:

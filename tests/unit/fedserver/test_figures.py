@@ -2,9 +2,12 @@
 
 import pytest
 
+from fedcore.impression_check import ImpressionCheck
 from fedcore.plan import validate_plan
+from fedcore.round_record import RoundRecord
 from fedserver.figures import NOT_SHARED, accuracy, held_out, pooled, recalls, round_record
-from fedserver.round_events import Metrics, Report
+from fedserver.forgetting import update_scores
+from fedserver.round_events import Metrics, Report, UpdatesScored
 from fedserver.round_state import Round, RunState, Update
 
 PLAN = validate_plan(
@@ -50,10 +53,17 @@ def test_test_images_come_first_then_validation() -> None:
     assert held_out(()) is None
 
 
-def update(images: int, impressions: int, size: int = 100) -> Update:
-    return Update(
-        "d", size, Report(num_examples=images, num_impressions=impressions, seconds=2.0, train_loss=0.25)
+CHECK = ImpressionCheck(
+    num_checked=6, num_near_in_pixels=1, num_near_in_features=0, num_not_finite=0,
+    pixel_limit=0.3, pixel_smallest=0.1, pixel_median=1.1,
+)  # fmt: skip
+
+
+def update(images: int, impressions: int, size: int = 100, check: ImpressionCheck | None = None) -> Update:
+    said = Report(
+        num_examples=images, num_impressions=impressions, seconds=2.0, train_loss=0.25, impression_check=check
     )
+    return Update("d", size, said)
 
 
 def finished_round() -> Round:
@@ -65,7 +75,7 @@ def finished_round() -> Round:
         opened_at=100.0,
         absent={"e": "not connected"},
         started=frozenset("abcd"),
-        reported={"a": update(6, 5), "b": update(4, 0, 50), "c": update(1, 0)},
+        reported={"a": update(6, 5, check=CHECK), "b": update(4, 0, 50), "c": update(1, 0)},
         let_go={"d": "no progress for 9 s"},
         closed_at=110.0,
         model="m" * 64,
@@ -106,8 +116,50 @@ def test_the_record_of_a_round() -> None:
         "e": "not there when the round opened: not connected",
     }
     assert record.training["a"]["train_loss"] == 0.25
-    assert "num_impressions" not in record.training["a"]
+    assert not {"num_impressions", "impression_check"} & record.training["a"].keys()
+    assert record.impressions.checks == {"a": CHECK}
     assert (record.model, record.impressions_digest) == ("m" * 64, "i" * 64)
+    assert record.update_scores is None
+
+
+def test_what_local_training_did_stands_in_the_record() -> None:
+    from dataclasses import replace
+
+    scored = UpdatesScored(
+        at=114, round=3, class_totals=(4, 0, 10), before=(4, 0, 5), after={"b": (1, 0, 7), "a": (4, 0, 5)}, note="n"
+    )  # fmt: skip
+    record = round_record(RunState("r", PLAN), replace(finished_round(), scores=scored), 120.0, 0)
+    scores = record.update_scores
+    assert scores is not None
+    assert scores.num_examples == {"x": 4, "z": 10}, "a class without images has no recall"
+    assert scores.before == {"x": 1.0, "z": 0.5}
+    assert scores.after == {"a": {"x": 1.0, "z": 0.5}, "b": {"x": 0.25, "z": 0.7}}
+    # b lost 0.75 of x; what it gained of z makes up for nothing.
+    assert scores.forgetting == {"a": 0.0, "b": 0.375}
+    assert (scores.mean_forgetting, scores.note) == (0.1875, "n")
+    assert scores.most_lost == {"a": [], "b": ["x"]}
+    assert RoundRecord.model_validate_json(record.model_dump_json()) == record
+
+
+def test_the_classes_most_lost_come_worst_first_and_are_few() -> None:
+    names = ("p", "q", "r", "s", "t")
+    scored = UpdatesScored(
+        at=1, round=1, class_totals=(10,) * 5, before=(9,) * 5, after={"a": (8, 2, 9, 5, 2)}
+    )
+    assert update_scores(scored, names).most_lost == {"a": ["q", "t", "s"]}
+
+
+def test_a_round_that_could_not_be_scored_says_why() -> None:
+    scores = update_scores(UpdatesScored(at=1, round=1, note="no images"), ("x", "y"))
+    assert (scores.note, scores.mean_forgetting, scores.after, scores.forgetting) == (
+        "no images",
+        None,
+        {},
+        {},
+    )
+    lost_all = UpdatesScored(at=1, round=1, class_totals=(2, 0), before=(1, 0), note="a: damaged")
+    assert update_scores(lost_all, ("x", "y")).mean_forgetting is None
+    assert update_scores(lost_all, ("x", "y")).before == {"x": 0.5}
 
 
 def test_the_coordinators_own_set_comes_first() -> None:

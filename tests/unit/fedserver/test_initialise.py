@@ -45,7 +45,7 @@ def test_the_commented_settings_are_the_defaults(tmp_path):
     before = load_config(path, ServerConfig)
     text = path.read_text()
     uncommented = re.sub(r"(?m)^# (?=\[|\w+ = )", "", text)
-    assert uncommented.count("\n[") == 2
+    assert uncommented.count("\n[") == 3
     path.write_text(uncommented)
     assert load_config(path, ServerConfig) == before
 
@@ -153,7 +153,7 @@ def test_redeeming_is_all_or_nothing(tmp_path):
     authority = create_authority(tmp_path / "pki", "lab", NOW)
     database = open_database(tmp_path / "a.db", MIGRATIONS, create=True)
     registry = Registry(database)
-    tokens = Tokens(database, authority, coordinator="c:1", enroll_port=2, clock=lambda: NOW)
+    tokens = Tokens(database, lambda: authority, coordinator="c:1", enroll_port=2, clock=lambda: NOW)
     csr = make_request(new_key(), "clinic-a").decode()
 
     async def scenario() -> None:

@@ -48,6 +48,7 @@ EVERY_EVENT: list[ev.Event] = [
         site="a",
         metrics=(ev.Metrics(split="test", num_examples=2, num_correct=1, loss_sum=0.7),),
     ),
+    ev.UpdatesScored(at=10, round=1, class_totals=(3, 0), before=(2, 0), after={"a": (1, 0)}, note="ü"),
     ev.EvaluationLetGo(at=10, round=1, site="a", reason="r"),
     ev.RoundFinished(at=11, round=1, record_json="{}"),
     ev.PauseRequested(at=12, by="ann"),

@@ -36,6 +36,9 @@ EVENTS: tuple[ev.Event, ...] = (
     ev.SynthesisFinished(at=1.5, round=1, impressions="i", made=3, note="n", figures={"kept": 0.25}),
     ev.EvaluationReported(at=1.5, round=1, site="", metrics=(METRICS,)),
     ev.EvaluationLetGo(at=1.5, round=1, site="a", reason="r"),
+    ev.UpdatesScored(
+        at=1.5, round=1, class_totals=(2, 3), before=(1, 2), after={"a": (0, 3)}, note="b: damaged"
+    ),
     ev.RoundFinished(at=1.5, round=1, record_json='{"round": 1}'),
     ev.PauseRequested(at=1.5, by="operator"),
     ev.ResumeRequested(at=1.5, by="operator"),

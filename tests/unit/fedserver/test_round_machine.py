@@ -1,5 +1,6 @@
 """The life of a run: hand-made scenarios, then Hypothesis driving it at random with its invariants checked throughout."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,11 +9,20 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from fedcore.errors import ConflictError
-from fedcore.plan import Plan, validate_plan
+from fedcore.plan import Plan, plan_from_json, validate_plan
 from fedserver import round_events as ev
 from fedserver.journal import replay
 from fedserver.round_decisions import Presence, World, decide, waiting_for
-from fedserver.round_machine import Aggregate, Evaluate, Initialise, Synthesise, Train, apply, work
+from fedserver.round_machine import (
+    Aggregate,
+    Evaluate,
+    Initialise,
+    ScoreUpdates,
+    Synthesise,
+    Train,
+    apply,
+    work,
+)
 from fedserver.round_state import RunState, Stage, Status, needed, superseded
 
 SITES = ("a", "b", "c")
@@ -534,6 +544,79 @@ def test_events_of_an_older_journal_are_read() -> None:
     assert not initialised.shares_state
 
 
+SCORED_PLAN = {"evaluation": {"updates_data": "/own.npz"}}
+
+
+def test_updates_that_passed_the_gate_are_scored_beside_the_evaluation() -> None:
+    story = Story(make_plan(**SCORED_PLAN))
+    story.follow(world())
+    for site in "abc":
+        story.report(site)
+    story.follow(world())
+    assert [type(command) for command in work(story.state)] == [Aggregate], (
+        "nothing is scored before the merge"
+    )
+    story.aggregate("ac", rejected={"b": "NaN"})
+    (command,) = [c for c in work(story.state) if isinstance(c, ScoreUpdates)]
+    assert command == ScoreUpdates(1, "m0", (("a", "u-a-1"), ("c", "u-c-1")))
+    assert {"u-a-1", "u-c-1"} <= needed(story.state)
+    story.evaluate("ac")
+    assert story.follow(world()) == [], "the record waits for the scores"
+    scored = ev.UpdatesScored(at=9, round=1, class_totals=(2, 2, 0), before=(2, 1, 0), after={"a": (0, 2, 0)})
+    story.tell(scored)
+    assert story.follow(world()) == ["round_finished", "round_opened"]
+    scores = story.state.records[0].update_scores
+    assert scores is not None
+    assert scores.forgetting == {"a": 0.5}
+    assert story.state.records[0].phases_s["evaluating"] == 7.0
+    with pytest.raises(ConflictError, match="not under way"):
+        story.tell(scored)
+
+
+def test_scoring_that_failed_costs_the_scores_and_not_the_round() -> None:
+    story = Story(make_plan(rounds=1, **SCORED_PLAN))
+    story.follow(world())
+    for site in "abc":
+        story.report(site)
+    story.follow(world())
+    story.aggregate("abc")
+    story.tell(ev.UpdatesScored(at=3, round=1, note="updates not scored: own.npz is gone"))
+    assert not [c for c in work(story.state) if isinstance(c, ScoreUpdates)], "it is not tried without end"
+    with pytest.raises(ConflictError, match="can't happen"):
+        story.tell(ev.UpdatesScored(at=3, round=1))
+    story.evaluate("abc")
+    story.follow(world())
+    assert story.state.status is Status.DONE
+    scores = story.state.records[0].update_scores
+    assert scores is not None
+    assert (scores.note, scores.mean_forgetting) == ("updates not scored: own.npz is gone", None)
+
+
+def test_a_plan_without_images_asks_for_no_scores_and_takes_none() -> None:
+    story = Story()
+    story.whole_round(1)
+    assert story.state.records[0].update_scores is None
+    for site in "abc":
+        story.report(site, 2)
+    story.follow(world(100.0, stage_since=100.0))
+    story.aggregate("abc", 2)
+    with pytest.raises(ConflictError, match="can't happen"):
+        story.tell(ev.UpdatesScored(at=3, round=2))
+
+
+def test_a_journal_from_before_updates_were_scored_is_replayed() -> None:
+    story = Story(make_plan(rounds=1))
+    story.whole_round(1)
+    lines = [ev.EVENT.dump_json(event) for event in story.events]
+    record = json.loads(json.loads(lines[-2])["record_json"])
+    del record["update_scores"]
+    lines[-2] = json.dumps({**json.loads(lines[-2]), "record_json": json.dumps(record)}).encode()
+    plan = json.loads(story.state.plan.to_json())
+    del plan["evaluation"]
+    again = replay("t-1", plan_from_json(json.dumps(plan)), [ev.EVENT.validate_json(line) for line in lines])
+    assert again == story.state
+
+
 def test_what_a_finished_round_leaves_behind_can_go() -> None:
     story = Story()
     story.follow(world())
@@ -570,7 +653,9 @@ class RunMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        plan = make_plan(rounds=3, strategy="fedimpres", synthesis={"warmup_rounds": 1, "images": 4})
+        plan = make_plan(
+            rounds=3, strategy="fedimpres", synthesis={"warmup_rounds": 1, "images": 4}, **SCORED_PLAN
+        )
         self.plan = plan
         self.state = RunState(run="t", plan=plan)
         self.events: list[ev.Event] = []
@@ -678,6 +763,19 @@ class RunMachine(RuleBasedStateMachine):
         )
         self.settle()
 
+    @rule(works=st.booleans())
+    def score(self, works: bool) -> None:
+        wanted = [c for c in work(self.state) if isinstance(c, ScoreUpdates)]
+        number = self.state.current.number if self.state.current else 1
+        found = {site: (1, 0, 1) for command in wanted for site, _ in command.updates}
+        event = ev.UpdatesScored(at=self.now, round=number, note="no images")
+        if works:
+            event = ev.UpdatesScored(
+                at=self.now, round=number, class_totals=(2, 0, 1), before=(2, 0, 1), after=found
+            )
+        assert self.try_event(event) is bool(wanted)
+        self.settle()
+
     @rule(site=st.sampled_from(SITES))
     def evaluation(self, site: str) -> None:
         number = self.state.current.number if self.state.current else 1
@@ -735,6 +833,8 @@ class RunMachine(RuleBasedStateMachine):
             assert self.plan.min_sites <= record.aggregated <= record.expected
             assert record.aggregated <= len(self.counted[record.round])
             assert len(record.missing) == record.expected - record.aggregated
+            assert record.update_scores is not None
+            assert not set(record.update_scores.after) & set(record.missing)
 
     @invariant()
     def work_is_never_asked_of_a_run_that_is_over_or_paused(self) -> None:

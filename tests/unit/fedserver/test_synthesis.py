@@ -90,22 +90,32 @@ def ignore(done, total, loss):
     pass
 
 
+# One thing at a time: no shifts, and no statistics unless a test asks for them.
+PLAIN = {"space": "pixels", "jitter": 0, "batch_norm": 0.1}
+
+
 def synthesise(model, plan, labels, watch=ignore, steps=100, **options):
     bounds = transforms.pixel_bounds(plan)
     start = starting_images(
         "smooth", (len(labels), *plan.model.input), bounds, torch.Generator().manual_seed(3)
     )
     optimiser = ImageOptimiser(
-        model, SynthesisOptions(**options), bounds=bounds, generator=torch.Generator().manual_seed(5)
+        model,
+        SynthesisOptions(**{**PLAIN, **options}),
+        bounds=bounds,
+        generator=torch.Generator().manual_seed(5),
     )
     (images,) = optimiser.optimise([Part(start, labels, steps)], watch)
     return start, images
 
 
-def test_the_model_comes_to_see_the_labels(device):
+@pytest.mark.parametrize("space", ["pixels", "spectrum"])
+def test_the_model_comes_to_see_the_labels(device, space):
     plan = plan_for()
     model, labels = model_for(plan), torch.arange(12) % 4
-    start, images = synthesise(model, plan, labels, steps=60, stationarity=0.0, total_variation=0.1)
+    start, images = synthesise(
+        model, plan, labels, steps=100, stationarity=0.0, total_variation=0.1, space=space
+    )
     assert (model(start).argmax(1) == labels).float().mean() < 0.6
     assert (model(images).argmax(1) == labels).all()
     low, high = transforms.pixel_bounds(plan)
@@ -178,6 +188,36 @@ def test_the_stationarity_term_brings_the_heads_gradient_towards_minus_gamma_w()
     for held_by in (published, {"stationarity": 20.0}):
         _, held = synthesise(model, plan, labels, **held_by, **options)
         assert residual(held) < 0.3 * residual(free)
+
+
+def test_a_spectrum_moves_smooth_patterns_first():
+    """From the same start, on the same errand: what moves coefficients adds less grain, with no prior in the loss."""
+    plan = plan_for(norm="group")
+    model, labels = model_for(plan), torch.arange(8) % 4
+
+    def moved(space):
+        start, images = synthesise(
+            model, plan, labels, steps=10, space=space, total_variation=0.0, image_lr=0.02
+        )
+        return objective.total_variation(images - start) / (images - start).square().mean()
+
+    assert moved("spectrum") < 0.5 * moved("pixels")
+
+
+def test_a_start_within_the_range_survives_the_way_to_coefficients_and_back():
+    plan = plan_for()
+    model, labels = model_for(plan), torch.arange(8) % 4
+    start, images = synthesise(model, plan, labels, steps=1, space="spectrum", image_lr=1e-9)
+    assert torch.allclose(images, start, atol=1e-4)
+
+
+def test_automatic_jitter_follows_the_size():
+    options = SynthesisOptions()
+    assert [options.shift_px(*size) for size in ((8, 8), (28, 28), (28, 64), (256, 256))] == [1, 2, 2, 18]
+    assert SynthesisOptions(jitter=5).shift_px(8, 8) == 5
+    for wrong in (-1, 65):
+        with pytest.raises(ValueError, match=f"jitter is {wrong}, expected 'auto' or 0 to 64"):
+            SynthesisOptions(jitter=wrong)
 
 
 SHIFTED = {"jitter": 2, "flip": True}

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,68 @@ def test_run_and_sweep(tmp_path: Path) -> None:
     lines = [json.loads(text) for text in (out / "runs.jsonl").read_text().splitlines()]
     assert len({line["config"] for line in lines}) == 2
     assert document["model"] in {line["model"] for line in lines}
+
+
+@pytest.mark.slow
+def test_sites_are_dealt_by_name_or_from_a_file(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        'name = "p"\nrounds = 1\nstrategy = "fedavg"\n'
+        '[model]\nname = "cnn"\nclasses = 10\ninput = [1, 8, 8]\noptions = { width = 4 }\n'
+    )
+    named = ["--partition", "shards:1+feature_shift:0.5", "--sites", "3", "--max-train", "90"]
+    first = fedsim("run", str(plan), *named, "--out", str(tmp_path / "one"), "-o", "json")
+    saved = tmp_path / "one" / "partition.json"
+    again = fedsim(
+        "run", str(plan), "--partition-file", str(saved), "--out", str(tmp_path / "two"), "-o", "json"
+    )
+    for key in ("model", "config"):
+        assert json.loads(first.stdout)[key] == json.loads(again.stdout)[key]
+    assert (tmp_path / "two" / "partition.json").read_bytes() == saved.read_bytes()
+
+    shown = fedsim("show", str(tmp_path / "one")).stdout
+    assert "3 sites, shards:1+feature_shift:0.5, seed 0" in shown
+    assert re.search(
+        rf"partition   {saved} \(split [0-9a-f]{{8}}; the same sites again: --partition-file\)", shown
+    )
+    assert "--partition shards:1+feature_shift:0.5 --sites 3" in shown
+    assert "site-1    30 + " in shown
+    document = json.loads(fedsim("show", str(tmp_path / "one"), "-o", "json").stdout)
+    assert document["split"]["partition"] == "shards:1+feature_shift:0.5"
+    assert "indices" not in document["split"]["sites"]["site-1"]
+
+    # Two rates on the saved split; the first is the plan itself: the same run, whichever command made it.
+    out = tmp_path / "swept"
+    axes = ["--set", "training.learning_rate=0.02,0.1", "--forgetting-rounds", "5", "--workers", "1"]
+    fedsim("sweep", str(plan), "--partition-file", str(saved), *axes, "--out", str(out))
+    lines = [json.loads(text) for text in (out / "runs.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    assert json.loads(first.stdout)["model"] in {line["model"] for line in lines}
+    assert {line["partition"] for line in lines} == {"shards:1+feature_shift:0.5"}
+    assert all(set(line["picked"]["sites"]) == {"site-1", "site-2", "site-3"} for line in lines)
+    assert all(line["spec"]["data"]["partition_file"] == "partition.json" for line in lines)
+    assert set(lines[0]["row"]) >= ROW_KEYS
+    assert len(list(out.glob("sites-*.svg"))) == len(list(out.glob("classes-*.png"))) == 1
+
+    saved.write_text(saved.read_text()[:-40])
+    damaged = fedsim(
+        "run", str(plan), "--partition-file", str(saved), "--out", str(tmp_path / "three"), code=1
+    )
+    assert damaged.stderr.startswith("error[data_invalid]")
+    assert "damaged, it is not JSON" in damaged.stderr
+    assert not (tmp_path / "three").exists()
+
+
+def test_contradicting_options_are_one_clear_error(tmp_path: Path) -> None:
+    common = ["--strategies", "fedavg", "--out", str(tmp_path / "out")]
+    for options, message in (
+        (["--partition", "iid", "--alpha", "0.1"], "partition 'iid' contradicts alpha 0.1"),
+        (["--dataset", "wbc_multisite", "--alpha", "0.1"], "wbc_multisite is dealt by its real sites"),
+    ):
+        stderr = fedsim("compare", *options, *common, code=78).stderr
+        assert stderr.startswith("error[config_invalid]")
+        assert stderr.count("error") == 1
+        assert message in stderr
 
 
 def test_wrong_input_is_one_clear_error(tmp_path: Path) -> None:

@@ -26,15 +26,16 @@ MakePlan = Callable[..., Plan]
 
 
 # Impressions from the first round on, however bad the model.
-EAGER = {"worth_remembering": 0, "gate": False}
+EAGER = {"worth_remembering": 0, "gate": False, "overlap": False}
 
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_events_replay_to_the_same_state(federation: Federation, make_plan: MakePlan) -> None:
-    plan = make_plan(strategy="fedimpres", strategy_options=EAGER)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_events_replay_to_the_same_state(overlap: bool, federation: Federation, make_plan: MakePlan) -> None:
+    plan = make_plan(rounds=3, strategy="fedimpres", strategy_options={**EAGER, "overlap": overlap})
     result = fedsim.run(plan, federation)
     state = replay(plan, result.events)
     assert state.status == result.state == "DONE"
@@ -56,6 +57,21 @@ def test_seed_determines_every_bit(federation: Federation, make_plan: MakePlan) 
     }
     assert first.config_hash == again.config_hash != other.config_hash
     assert first.model_digest != other.model_digest
+
+
+def test_sites_check_impressions_unless_told_not_to(federation: Federation, make_plan: MakePlan) -> None:
+    plan = make_plan(strategy="fedimpres", strategy_options=EAGER)
+    checked, unchecked = (
+        fedsim.run(plan, federation, check_impressions=check, forgetting_rounds=0) for check in (True, False)
+    )
+    checks = [record.impressions.checks for record in checked.records]
+    assert set(checks[-1]) == {"site-1", "site-2", "site-3"}
+    assert all(check.num_checked > 0 for check in checks[-1].values())
+    assert not any(record.impressions.checks for record in unchecked.records)
+    assert checked.config_hash != unchecked.config_hash
+    # None was refused, so the two are the same to the last bit.
+    assert not any(check.num_refused for found in checks for check in found.values())
+    assert checked.model_digest == unchecked.model_digest
 
 
 def test_name_of_the_plan_changes_no_configuration(federation: Federation, make_plan: MakePlan) -> None:

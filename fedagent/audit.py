@@ -1,0 +1,136 @@
+"""The site's audit log: every byte that leaves this site, and every artifact that arrives, is accounted for here.
+
+What leaves is recorded before its first byte goes out, and again with the result: an update with digest, size, run and
+round; figures of an evaluation; and the control messages (heartbeats, progress), as a count, when a connection ends.
+A log that can't be written stops deliveries.
+"""
+
+import hashlib
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from fedcore.audit import Fact, Value
+from fedcore.audit_heads import head_from_proto, head_to_proto
+from fedcore.audit_store import AUDIT_SCHEMA, AuditLog
+from fedcore.database import Database, open_database
+from fedcore.v1 import federation_pb2
+
+# The other side, under the name by which its log is known here.
+COORDINATOR = "coordinator"
+_AGENT = "agent"
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Purpose:
+    """What an artifact is for: "update", "model", "impressions", "strategy state"; and in which run and round."""
+
+    what: str
+    run: str = ""
+    round: int = 0
+
+    @property
+    def detail(self) -> dict[str, Value]:
+        """As a record has it."""
+        return {"purpose": self.what, "run": self.run, "round": self.round}
+
+
+@dataclass(slots=True)
+class ControlBytes:
+    """Messages that went out over one connection, and their bytes."""
+
+    messages: int = 0
+    total: int = 0
+
+    def add(self, size_bytes: int) -> None:
+        """Count a message."""
+        self.messages += 1
+        self.total += size_bytes
+
+
+class SiteAudit:
+    """The log of one site, and the heads that its hellos exchange."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.log = AuditLog(database)
+
+    async def event(self, action: str, thing: str = "", **detail: Value) -> None:
+        """Record something that this agent did or saw."""
+        await self.log.record(Fact(action, _AGENT, object=thing, detail=detail))
+
+    # -- hello ------------------------------------------------------------------------------------
+
+    def introduce(self, hello: federation_pb2.HelloRequest) -> None:
+        """Put the head of this log, and the kept one of the coordinator's, into a hello."""
+        hello.audit_head.CopyFrom(head_to_proto(self.log.head()))
+        hello.kept_audit_head.CopyFrom(head_to_proto(self.log.kept_of(COORDINATOR)))
+
+    async def greeted(self, hello: federation_pb2.HelloRequest, reply: federation_pb2.HelloReply) -> None:
+        """Record a hello, and keep the coordinator's head; what contradicts goes to the log and stays there.
+
+        Raises ProtocolError for heads that are none.
+        """
+        theirs = head_from_proto(reply.audit_head, COORDINATOR)
+        claim = head_from_proto(reply.kept_audit_head, COORDINATOR)
+        detail: dict[str, Value] = {"bytes": hello.ByteSize(), "coordinator_head": str(theirs)}
+
+        def write(connection: sqlite3.Connection) -> list[str]:
+            found = self.log.exchange(connection, COORDINATOR, theirs=theirs, ours=claim)
+            detail.update({f"contradiction_{n}": text for n, text in enumerate(found, start=1)})
+            fact = Fact("site.hello", _AGENT, object=f"federation/{reply.federation}", detail=detail)
+            self.log.append(connection, fact)
+            return found
+
+        for text in await self._database.write(write):
+            _log.error("audit logs contradict each other", what=text)
+
+    async def disconnected(self, told: ControlBytes) -> None:
+        """Record what went out over a connection that is over, besides artifacts."""
+        await self.event("control.sent", COORDINATOR, messages=told.messages, bytes=told.total)
+
+    # -- what leaves and what arrives -------------------------------------------------------------
+
+    async def figures(self, report: federation_pb2.EvaluationReport) -> None:
+        """Record an evaluation's figures that are about to leave."""
+        body = report.SerializeToString(deterministic=True)
+        purpose = Purpose("evaluation figures", report.run, report.round)
+        digest = hashlib.sha256(body).hexdigest()
+        await self.event("figures.send", f"figures/{digest}", bytes=len(body), **purpose.detail)
+
+    async def sending(self, digest: str, total_bytes: int, offset: int, purpose: Purpose) -> None:
+        """Record an artifact that is about to leave, from an offset."""
+        await self.event(
+            "artifact.send", f"artifact/{digest}", bytes=total_bytes, offset=offset, **purpose.detail
+        )
+
+    async def sent(self, digest: str, sent_bytes: int, result: str, purpose: Purpose) -> None:
+        """Record how a sending ended: "ok" or what cut it, and how many bytes had been handed over."""
+        detail = {"bytes": sent_bytes, **purpose.detail}
+        await self.log.record(
+            Fact("artifact.sent", _AGENT, object=f"artifact/{digest}", result=result, detail=detail)
+        )
+
+    async def arrived(self, digest: str, total_bytes: int, purpose: Purpose) -> None:
+        """Record an artifact that came whole, its digest checked."""
+        await self.event("artifact.receive", f"artifact/{digest}", bytes=total_bytes, **purpose.detail)
+
+
+def open_site_audit(path: Path) -> Database:
+    """Open the file of a site's log, made if it is not there. Close it. Raises StorageError."""
+    return open_database(path, (AUDIT_SCHEMA,), create=not path.exists())
+
+
+@contextmanager
+def site_log(path: Path) -> Iterator[AuditLog]:
+    """The log of a site for reading, also while its agent runs. Raises StorageError if there is none."""
+    database = open_database(path, (AUDIT_SCHEMA,))
+    try:
+        yield AuditLog(database)
+    finally:
+        database.close()

@@ -1,0 +1,128 @@
+"""The line from this site to the coordinator, looked at from below gRPC: name, connection, TLS, who shows which certificate.
+
+Through the HTTP proxy of agent.toml if there is one. Every function returns what it found and raises nothing for it.
+"""
+
+import contextlib
+import socket
+import ssl
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from cryptography import x509
+
+from fedagent.finding import Finding, bad, good, skipped
+from fedcore.credential import join_address
+
+_TIMEOUT_S = 5.0
+_MAX_ANSWER_BYTES = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Where the coordinator is, the credential folder that proves who calls, and the way there."""
+
+    host: str
+    port: int
+    credential: Path
+    proxy: str | None
+
+    @property
+    def target(self) -> tuple[str, int]:
+        """What this machine itself dials: the proxy if there is one."""
+        if self.proxy:
+            parts = urlsplit(self.proxy)
+            return parts.hostname or "", parts.port or 0
+        return self.host, self.port
+
+
+def check_dns(line: Line) -> Finding:
+    """Whether the name that this machine dials leads to an address."""
+    name = "dns"
+    host, port = line.target
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    except OSError as error:
+        return bad(name, f"{host} has no address: {error.strerror}", "mend DNS, or add it to /etc/hosts")
+    through = " (the proxy; it looks the coordinator up)" if line.proxy else ""
+    return good(name, f"{host} is {', '.join(sorted(found))}{through}")
+
+
+def check_tcp(line: Line) -> Finding:
+    """Whether a connection can be made, through the proxy if there is one."""
+    name, where = "tcp", join_address(line.host, line.port)
+    try:
+        with _connected(line):
+            through = f" through {join_address(*line.target)}" if line.proxy else ""
+            return good(name, f"{where} answers{through}")
+    except OSError as error:
+        hint = "let the proxy CONNECT there" if line.proxy else "open the firewall outwards to that port"
+        return bad(name, f"{where}: {error}", hint)
+
+
+def check_tls(line: Line) -> Finding:
+    """Whether TLS 1.3 succeeds with the federation's root as the only one."""
+    name, where = "tls", join_address(line.host, line.port)
+    context = ssl.create_default_context(cafile=str(line.credential / "ca.crt"))
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    # The federation's certificates are held to gRPC's rules, which know no such demands on key usage.
+    context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
+    try:
+        context.load_cert_chain(line.credential / "tls.crt", line.credential / "tls.key")
+        with _connected(line) as raw, context.wrap_socket(raw, server_hostname=line.host) as secured:
+            return good(name, f"{secured.version()}, the chain leads to the federation's root")
+    except ssl.SSLCertVerificationError as error:
+        return bad(name, f"{where}: {error.verify_message}", "see the line 'inspection'")
+    except (ssl.SSLError, OSError) as error:
+        return bad(name, f"{where}: {error}", "is that the coordinator's port, and is it serving?")
+
+
+def check_inspection(line: Line) -> Finding:
+    """Whether something between opens TLS: the certificate shown is then not of the federation's making."""
+    name = "inspection"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # only to look at what is shown
+    try:
+        context.load_cert_chain(line.credential / "tls.crt", line.credential / "tls.key")
+        with _connected(line) as raw, context.wrap_socket(raw, server_hostname=line.host) as secured:
+            shown = x509.load_der_x509_certificate(secured.getpeercert(binary_form=True) or b"")
+    except (ssl.SSLError, OSError, ValueError) as error:
+        return skipped(name, f"no certificate was shown: {error}")
+    own = _issuers(line.credential)
+    if shown.issuer.rfc4514_string() in own:
+        return good(name, "none: the certificate shown is the federation's own")
+    return bad(
+        name,
+        f"the certificate shown was issued by {shown.issuer.rfc4514_string()!r}, not by the federation",
+        f"have {line.host} excepted from TLS inspection, or is that the address of another service?",
+    )
+
+
+def _issuers(credential: Path) -> set[str]:
+    """Who issues in this federation: the subjects of its root and of the issuing CA."""
+    pem = (credential / "ca.crt").read_bytes() + (credential / "tls.crt").read_bytes()
+    return {certificate.subject.rfc4514_string() for certificate in x509.load_pem_x509_certificates(pem)}
+
+
+@contextlib.contextmanager
+def _connected(line: Line) -> Iterator[socket.socket]:
+    """A connection to the coordinator. Raises OSError."""
+    with socket.create_connection(line.target, _TIMEOUT_S) as raw:
+        if line.proxy:
+            _ask_proxy(raw, join_address(line.host, line.port))
+        yield raw
+
+
+def _ask_proxy(raw: socket.socket, where: str) -> None:
+    raw.sendall(f"CONNECT {where} HTTP/1.1\r\nHost: {where}\r\n\r\n".encode())
+    answer = b""
+    while b"\r\n\r\n" not in answer:
+        part = raw.recv(1024)
+        answer += part
+        if not part or len(answer) > _MAX_ANSWER_BYTES:
+            raise OSError("the proxy broke off its answer to CONNECT")
+    words = answer.split(b"\r\n", 1)[0].decode("ascii", "replace").split(" ", 2)
+    if len(words) < 2 or words[1] != "200":
+        raise OSError(f"the proxy refuses CONNECT: {' '.join(words)[:100]!r}")

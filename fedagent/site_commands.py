@@ -1,0 +1,166 @@
+"""fedagent's commands for the people of the site: policy, pause, status, checks. They never need the coordinator's leave."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from fedagent.config import AgentConfig, AgentHome
+    from fedagent.finding import Finding
+    from fedcore.credential import Credential
+
+HomeOption = Annotated[Path, typer.Option("--home", help="The agent's folder.", file_okay=False)]
+
+policy_app = typer.Typer(no_args_is_help=True, help="What this site allows: policy.toml.")
+
+
+@policy_app.command("show")
+def policy_show(home: HomeOption) -> None:
+    """Show the policy in force, and whether this site takes work now."""
+    from fedagent.config import AgentConfig, AgentHome
+    from fedagent.gate import SiteGate
+    from fedagent.policy import load_policy, policy_lines
+    from fedcore.config import load_config
+
+    paths = AgentHome(home)
+    policy = load_policy(paths.policy)
+    config = load_config(paths.config, AgentConfig)
+    typer.echo(f"{paths.policy}{'' if paths.policy.exists() else ' (no such file: everything is allowed)'}")
+    for line in policy_lines(policy):
+        typer.echo(f"  {line}")
+    shared = "shared" if config.policy.share_class_metrics else "not shared"
+    typer.echo(f"  {'class metrics':16} {shared} (agent.toml)")
+    typer.echo(f"now: {SiteGate(paths.paused, policy).refusal(None) or 'takes work'}")
+
+
+def pause_command(
+    home: HomeOption,
+    reason: Annotated[str, typer.Option(help="Why; the operators of the federation see it.")] = "",
+) -> None:
+    """Stop working for the federation until `resume`. A running agent gives up its task at once; a restart changes
+    nothing.
+    """
+    from fedagent.pause import pause, paused_reason
+
+    paths = _home(home)
+    pause(paths.paused, reason, datetime.now(UTC))
+    typer.echo(paused_reason(paths.paused))
+
+
+def resume_command(home: HomeOption) -> None:
+    """Work again after `pause`."""
+    from fedagent.pause import resume
+
+    typer.echo("resumed" if resume(_home(home).paused) else "was not paused")
+
+
+def status_command(home: HomeOption) -> None:
+    """Say whether the agent runs, is connected and takes work. Exits with 8 if it does not."""
+    from fedagent.gate import SiteGate
+    from fedagent.policy import load_policy
+    from fedagent.status_file import read_status
+    from fedcore.home_lock import holder
+
+    paths = _home(home)
+    pid = holder(paths.lock)
+    refusal = SiteGate(paths.paused, load_policy(paths.policy)).refusal(None)
+    if pid is None:
+        typer.echo("not running" + (f"; {refusal}" if refusal else ""))
+        raise typer.Exit(8)
+    said = read_status(paths.status)
+    if said is None:
+        typer.echo(f"running (process {pid}), starting")
+        raise typer.Exit(8)
+    typer.echo(f"site {said.site}, running (process {pid})")
+    typer.echo(f"{said.summary()} (since {said.since:%Y-%m-%d %H:%M:%S} UTC)")
+    if said.refusal or not said.connected:
+        raise typer.Exit(8)
+
+
+def check_config_command(home: HomeOption) -> None:
+    """Check configuration, policy and credential of a home, without connecting."""
+    paths, config, credential = _checked(home, datetime.now(UTC))
+    typer.echo(f"ok  {paths.config}: {config.data.kind} data at {config.data.path or '(given by --data)'}")
+    told = "" if paths.policy.exists() else "no such file, everything is allowed"
+    typer.echo(f"ok  {paths.policy}: {told or 'valid; fedagent policy show'}")
+    typer.echo(
+        f"ok  {paths.credential}: {credential.subject.spiffe_id}, coordinator {credential.coordinator}, "
+        f"until {credential.certificate.not_valid_after_utc:%Y-%m-%d}"
+    )
+
+
+def preflight_command(home: HomeOption) -> None:
+    """Check what `serve` needs: disk, device, data, certificate, coordinator. One line each; exits with 1 if one fails."""
+    from fedagent.doctor import preflight
+
+    now = datetime.now(UTC)
+    paths, config, credential = _checked(home, now, allow_expired=True)
+    _report(preflight(paths, config, credential, now))
+
+
+def doctor_command(home: HomeOption) -> None:
+    """Find out why a site does not work: DNS, TCP, TLS, inspection by a proxy, certificate, clock, protocol, throughput,
+    device, data, /dev/shm, disk. One line each; exits with 1 if one fails.
+    """
+    from fedagent.doctor import doctor
+
+    now = datetime.now(UTC)
+    paths, config, credential = _checked(home, now, allow_expired=True)
+    _report(doctor(paths, config, credential, now))
+
+
+def add_to(app: typer.Typer) -> None:
+    """Give these commands to the program."""
+    app.add_typer(policy_app, name="policy")
+    for name, command in (
+        ("pause", pause_command),
+        ("resume", resume_command),
+        ("status", status_command),
+        ("check-config", check_config_command),
+        ("preflight", preflight_command),
+        ("doctor", doctor_command),
+    ):
+        app.command(name)(command)
+
+
+def _home(home: Path) -> "AgentHome":
+    from fedagent.config import AgentHome
+    from fedcore.errors import ConfigError
+
+    if not home.is_dir():
+        raise ConfigError(
+            f"{home}: no such folder", hint="--home names the folder that `fedagent enroll` made"
+        )
+    return AgentHome(home)
+
+
+def _checked(
+    home: Path, now: datetime, *, allow_expired: bool = False
+) -> "tuple[AgentHome, AgentConfig, Credential]":
+    """The home with everything in it read. Raises ConfigError, IdentityError."""
+    from fedagent.config import AgentConfig, AgentHome
+    from fedagent.policy import load_policy
+    from fedcore.config import load_config
+    from fedcore.credential import load_credential
+
+    paths = AgentHome(home)
+    config = load_config(paths.config, AgentConfig)
+    load_policy(paths.policy)
+    return paths, config, load_credential(paths.credential, now, allow_expired=allow_expired)
+
+
+def _report(findings: "Iterator[Finding]") -> None:
+    """Print each finding as it comes; what the parts log goes to stderr."""
+    from fedagent.finding import Verdict
+    from fedcore.logs import configure_logs
+
+    configure_logs("warning")
+    failed = False
+    for finding in findings:
+        typer.echo(str(finding))
+        failed = failed or finding.verdict is Verdict.FAILED
+    if failed:
+        raise typer.Exit(1)
