@@ -55,9 +55,10 @@ class PictureIndex:
         self._images = images
         self._values = images.images.shape[1:].numel()
         parts = []
-        for indices in torch.arange(len(images)).split(max(1, _CHUNK_VALUES // self._values)):
-            tick(int(indices[0]), len(images))
-            pixels_BCHW = images.take(indices)[0]
+        step = max(1, _CHUNK_VALUES // self._values)
+        for start in range(0, len(images), step):
+            tick(start, len(images))
+            pixels_BCHW = images.take(torch.arange(start, min(start + step, len(images))))[0]
             parts.append(standardised(averaged(pixels_BCHW, COARSE_PX).flatten(1)).half())
         self._coarse_NP = torch.cat(parts) if parts else torch.empty(0, 0)
 
@@ -107,7 +108,8 @@ class PictureIndex:
         count, candidates = indices_MQ.shape
         distances_MQ = torch.full((count, max(1, candidates)), torch.inf, device=queries_MCHW.device)
         step = max(1, _CHUNK_VALUES // (self._values * max(1, candidates)))
-        for rows in torch.arange(count, device=queries_MCHW.device).split(step) if candidates else ():
+        for start in range(0, count, step) if candidates else ():
+            rows = torch.arange(start, min(start + step, count), device=queries_MCHW.device)
             indices_B = indices_MQ[rows].flatten()
             found_BCHW = averaged(self._images.take(indices_B.clamp_min(0).cpu())[0], FINE_PX)
             queries_BCHW = turned_MSCHW[rows[:, None], orientations_MQ[rows]].flatten(0, 1)
@@ -121,9 +123,11 @@ class PictureIndex:
 
 def averaged(pixels_NCHW: Tensor, largest_px: int) -> Tensor:
     """Area averages in [0, 1], float32, with at most `largest_px` a side: [N, C, H / k, W / k] for whole k."""
-    size = [side // ceil(side / largest_px) for side in pixels_NCHW.shape[2:]]
+    height, width = (side // ceil(side / largest_px) for side in pixels_NCHW.shape[2:])
     images_NCHW = pixels_NCHW.float() / 255
-    return images_NCHW if size == list(images_NCHW.shape[2:]) else F.adaptive_avg_pool2d(images_NCHW, size)
+    if (height, width) == tuple(images_NCHW.shape[2:]):
+        return images_NCHW
+    return F.adaptive_avg_pool2d(images_NCHW, (height, width))
 
 
 def orientations(images_NCHW: Tensor) -> list[Tensor]:

@@ -58,5 +58,7 @@ class ImpressionCheck(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.num_refused > self.num_checked:
-            raise ValueError(f"{self.num_refused} impressions refused of {self.num_checked} that were checked")
+            raise ValueError(
+                f"{self.num_refused} impressions refused of {self.num_checked} that were checked"
+            )
         return self

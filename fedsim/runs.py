@@ -69,8 +69,8 @@ def run(
 
     On the CPU, plan, split and `threads` determine every bit of the result, and a federation over gRPC with
     as many threads comes to the same. Forgetting is measured in the last `forgetting_rounds` rounds.
-    `check_impressions` is each site's check of the impressions that it gets (docs/privacy.md); it takes about a tenth of
-    a small site's round. `on_round(record, model)` is called after each round; the file `model` is there until it returns. `out`
+    `check_impressions` is each site's check of the impressions that it gets (docs/privacy.md).
+    `on_round(record, model)` is called after each round; the file `model` is there until it returns. `out`
     keeps the results, with `command` as the way to repeat them; without it they last as long as the Result.
     torch's settings are put back in the end.
 

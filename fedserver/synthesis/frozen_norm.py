@@ -26,7 +26,7 @@ class _Moments(torch.autograd.Function):
     """Mean and biased variance [C] of [N, C, ...], in float32; one pass back over the input."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         # Rows of channels: a view where channels lie last. `var_mean` is several times slower here.
         rows_RC = x.movedim(1, -1).flatten(0, -2)
         mean_C = rows_RC.mean(0, dtype=torch.float32)
@@ -35,7 +35,7 @@ class _Moments(torch.autograd.Function):
         return mean_C, variance_C
 
     @staticmethod
-    def backward(ctx: Any, of_mean_C: Tensor, of_variance_C: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, of_mean_C: Tensor, of_variance_C: Tensor) -> Tensor:
         x, mean_C = ctx.saved_tensors
         count = x.numel() // x.shape[1]
         slope_C = 2 / count * of_variance_C

@@ -37,7 +37,9 @@ def test_a_site_refuses_its_own_images_and_says_so(federation: Federation) -> No
         check = checks[site]
         assert check["num_near_in_pixels"] < 0.2 * check["num_checked"], "its own images are not among them"
         assert last["impressions"]["used"][site] > 0
-    said = [json.loads(line) for line in federation.log(victim, since[victim]).splitlines() if "refused" in line]
+    said = [
+        json.loads(line) for line in federation.log(victim, since[victim]).splitlines() if "refused" in line
+    ]
     assert {line["event"] for line in said} == {"all impressions refused, trained without any"}
     assert all(line["level"] == "warning" and "too near a training image" in line["reason"] for line in said)
     table = federation.ctl("run", "rounds", run).out

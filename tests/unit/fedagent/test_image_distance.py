@@ -67,7 +67,9 @@ def test_what_is_flat_is_not_blown_up():
     st.floats(0.3, 1.0), st.integers(-20, 20),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
-def test_turned_shifted_faded_copies_are_found_and_strangers_are_not(seed, side, way, down, right, contrast, bright):
+def test_turned_shifted_faded_copies_are_found_and_strangers_are_not(
+    seed, side, way, down, right, contrast, bright
+):
     device = open_device("cpu", 1)
     images = pictures(12, side, seed=seed)
     chosen = seed % 12

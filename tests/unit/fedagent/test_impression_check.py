@@ -105,7 +105,9 @@ def test_an_honest_bank_passes_and_every_kind_of_copy_does_not():
     assert (found.num_checked, found.num_refused, found.num_near_in_pixels) == (36, 6, 6)
     assert found.pixel_smallest < 1e-3 < found.pixel_limit < found.pixel_median
     assert found.feature_smallest == pytest.approx(0, abs=1e-3)
-    assert found.reason.startswith("6 of 36 impressions refused: 6 too near a training image (nearest 0.00, limit ")
+    assert found.reason.startswith(
+        "6 of 36 impressions refused: 6 too near a training image (nearest 0.00, limit "
+    )
 
 
 def test_a_training_image_of_another_site_is_no_secret_here():
@@ -190,7 +192,9 @@ def test_a_model_that_has_diverged_leaves_pixels_to_decide_and_no_feature_figure
     bank = torch.cat([nchw(images)[:1], noise(1)])
     passed, found = checked(images, (site_images(60, 1), NOTHING), bank, features_of=of_real_only)
     assert passed.tolist() == [False, True]
-    assert (found.feature_limit, found.feature_smallest, found.mean_distance, found.covariance_distance) == (None,) * 4
+    assert (found.feature_limit, found.feature_smallest, found.mean_distance, found.covariance_distance) == (
+        None,
+    ) * 4
 
 
 def test_distances_of_means_and_covariances_by_hand():
@@ -309,7 +313,11 @@ def test_a_withdrawn_job_ends_within_the_check(tmp_path, device):
 
 def test_the_site_decides_and_its_report_says_what_was_found(tmp_path):
     arrays = {}
-    for name, images in (("train", site_images(60, 0)), ("val", site_images(30, 1)), ("test", site_images(30, 2))):
+    for name, images in (
+        ("train", site_images(60, 0)),
+        ("val", site_images(30, 1)),
+        ("test", site_images(30, 2)),
+    ):
         arrays[f"{name}_images"], arrays[f"{name}_labels"] = images.images[..., 0], images.labels[:, None]
     np.savez(tmp_path / "data.npz", **arrays)
     bank = bank_file(tmp_path, torch.cat([noise(12), nchw(site_images(60, 0))[5:6]]))

@@ -24,7 +24,9 @@ def test_a_row_a_site_of_its_last_check() -> None:
     clean = {**FOUND, "num_near_in_pixels": 0, "num_near_in_features": 0, "mean_distance": 12.345}
     page = closeness([record(1, a=FOUND, b=FOUND), record(2, a=clean), record(3)])
     assert page.count("<tr") == 3
-    first = '<tr><td class="left">a</td><td>40</td><td>0</td><td>3</td><td>0.01</td><td>1.23</td><td>0.34</td>'
+    first = (
+        '<tr><td class="left">a</td><td>40</td><td>0</td><td>3</td><td>0.01</td><td>1.23</td><td>0.34</td>'
+    )
     assert first in page
     assert "<td>–</td><td>–</td><td>–</td><td>12.35</td><td>–</td></tr>" in page
     assert '<tr class="missed" title="3 of 40 impressions refused: 2 too near a training image' in page
@@ -45,7 +47,13 @@ def test_no_check_no_table(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"num_checked": 0}, {"num_near_in_pixels": -1}, {"num_not_finite": 38}, {"pixel_median": float("nan")}, {"x": 1}],
+    [
+        {"num_checked": 0},
+        {"num_near_in_pixels": -1},
+        {"num_not_finite": 38},
+        {"pixel_median": float("nan")},
+        {"x": 1},
+    ],
 )
 def test_what_cannot_be_is_no_check(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
