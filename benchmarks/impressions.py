@@ -2,7 +2,7 @@
 
 Through the global models of every round of a federation (`lab.py`) banks are made as the coordinator makes them, with
 the engine's defaults, each from the one before; two judges (`judge.py`), which took part in no choice, say what they
-see. Beside them the loop as published, with three learning rates, through the same models. For the lab only: judges,
+see. Beside them the loop as published, with three learning rates, and the engine's earlier defaults, through the same models. For the lab only: judges,
 and the row of real images in the picture, need what no coordinator has.
 
 Prints one JSON object that names the files.
@@ -34,6 +34,8 @@ from fedserver.synthesis.bank import Bank
 from fedserver.synthesis.make import make_bank
 from fedserver.synthesis.options import SynthesisOptions
 
+# The engine's defaults until the judges were there.
+EARLIER = SynthesisOptions(space="pixels", jitter=0, batch_norm=0.1, first_layer_weight=10.0)
 PUBLISHED_RATES = (1.0, 10.0, 100.0)
 # Rounds of the picture, as shares of the run.
 SHOWN = (0.3, 0.5, 0.75, 1.0)
@@ -145,19 +147,31 @@ def examined(
             }
         )
         print(f"round {number}: {rows[-1]}", file=sys.stderr, flush=True)
+    return {"rounds": rows, **compared(run, court, first, device)}, banks
+
+
+def compared(run: LabRun, court: Court, first: int, device: ComputeDevice) -> dict[str, Any]:
+    """The published loop, after the first round with impressions and the last, and the defaults before these."""
+    last = run.plan.rounds
     published = [
-        _published(run, court, number, rate, device)
-        for number in (first, run.plan.rounds)
+        {"image_lr": rate, **_cold(run, court, number, FedImpresPaperOptions(image_lr=rate), device)}
+        for number in (first, last)
         for rate in PUBLISHED_RATES
     ]
-    return {"rounds": rows, "published": published}, banks
+    return {
+        "published": published,
+        "cold": _cold(run, court, last, SynthesisOptions(), device),
+        "earlier_defaults_cold": _cold(run, court, last, EARLIER, device),
+    }
 
 
-def _published(run: LabRun, court: Court, number: int, rate: float, device: ComputeDevice) -> dict[str, Any]:
-    options = FedImpresPaperOptions(image_lr=rate)
+def _cold(
+    run: LabRun, court: Court, number: int, options: SynthesisOptions, device: ComputeDevice
+) -> dict[str, Any]:
+    """Verdicts on a bank made from nothing through the model of a round."""
     job = Job(number, lambda message: None)
     made = make_bank(run.plan, number, run.state(number), options, device=device, job=job)
-    return {"round": number, "image_lr": rate, **court.verdicts(made.bank)}
+    return {"round": number, **court.verdicts(made.bank), "images": len(made.bank)}
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from fedcore.plan import Plan
 
 STAGE = "checking impressions"
 _PROGRESS_INTERVAL_S = 0.2
-_BATCH = 256
+_MAX_BATCH = 256
 
 # Gives what a site's images are compared by, the first time by work that `Tick` hears of.
 PicturesOf = Callable[[Tick], SitePictures]
@@ -65,9 +65,11 @@ def _features(
 ) -> Tensor:
     """The model's features of pixels uint8, float32 [B, D] on the CPU."""
     parts = []
-    for start in range(0, len(pixels_BCHW), _BATCH):
+    # What fits in training, with gradients and as many impressions beside the images, fits here.
+    step = min(_MAX_BATCH, 2 * plan.training.batch_size)
+    for start in range(0, len(pixels_BCHW), step):
         tick(start, len(pixels_BCHW))
-        pixels = pixels_BCHW[start : start + _BATCH].to(device.device)
+        pixels = pixels_BCHW[start : start + step].to(device.device)
         normalised = transforms.normalise(pixels, plan).contiguous(memory_format=torch.channels_last)
         with device.autocast(plan.training.precision):
             features = model.features(normalised)

@@ -65,10 +65,11 @@ class PictureIndex:
     def nearest(self, queries_MCHW: Tensor, tick: Tick, *, itself: Tensor | None = None) -> Nearest:
         """The nearest image of each query, uint8 [M, C, H, W]. `itself` [M] are indices, one a query, to leave out."""
         found = []
-        for start in range(0, len(queries_MCHW), _QUERIES):
+        step = max(1, min(_QUERIES, _CHUNK_VALUES // self._values))
+        for start in range(0, len(queries_MCHW), step):
             tick(start, len(queries_MCHW))
-            queries = queries_MCHW[start : start + _QUERIES].to(self._images.device)
-            left_out = None if itself is None else itself[start : start + _QUERIES].to(queries.device)
+            queries = queries_MCHW[start : start + step].to(self._images.device)
+            left_out = None if itself is None else itself[start : start + step].to(queries.device)
             found.append(self._compared(queries, *self._candidates(queries, left_out)))
         if not found:
             return Nearest(torch.empty(0), torch.empty(0, dtype=torch.int64))

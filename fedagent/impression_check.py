@@ -50,8 +50,8 @@ class SitePictures:
     """What a site's images say by themselves, whatever the model: computed once.
 
     `limit` and `middle` are pixel distances: an impression at or below `limit` is refused, one at or below `middle` if its
-    features say so too. `references` uint8 [R, C, H, W] in random order, `nearest` [R] their nearest training images,
-    `own` [R] the training image that each is itself, or None if they are held-out images.
+    features say so too. `references` uint8 [R, C, H, W] are those that serve in features too, `nearest` [R] their nearest
+    training images, `own` [R] the training image that each is itself, or None if they are held-out images.
     """
 
     index: PictureIndex
@@ -78,9 +78,9 @@ class SitePictures:
             index,
             LIMIT_WITHOUT_REFERENCES if limit is None else limit,
             LIMIT_WITHOUT_REFERENCES if middle is None else middle,
-            references[apart],
-            found.indices[apart],
-            None if own is None else own[apart],
+            references[apart][:MAX_FEATURE_REFERENCES].clone(),
+            found.indices[apart][:MAX_FEATURE_REFERENCES],
+            None if own is None else own[apart][:MAX_FEATURE_REFERENCES],
         )
 
 
@@ -121,9 +121,9 @@ def check_impressions(
             )
     figures = ImpressionCheck(
         num_checked=len(pixels_MCHW),
-        num_near_in_pixels=int((near_M & finite_M).sum()),
-        num_near_in_features=int((alike_M & ~near_M & finite_M).sum()),
-        num_not_finite=int((~finite_M).sum()),
+        num_near_in_pixels=int(near_M.sum()),
+        num_near_in_features=int((alike_M & ~near_M).sum()),
+        num_not_finite=int((~finite_M & ~near_M).sum()),
         pixel_limit=site.limit,
         pixel_smallest=float(found.distances.min()),
         pixel_median=float(found.distances.median()),
@@ -154,9 +154,7 @@ class _FeatureView:
     ) -> "_FeatureView | None":
         """None if no training image has finite features."""
         sample = _sample(len(train), MAX_FEATURE_IMAGES)
-        references = site.references[:MAX_FEATURE_REFERENCES]
-        near = torch.cat([found.indices, site.nearest[: len(references)]])
-        chosen_T = torch.unique(torch.cat([sample, near]))
+        chosen_T = torch.unique(torch.cat([sample, found.indices, site.nearest]))
         pixels, labels = train.take(chosen_T)
         features = features_of(pixels)
         finite = features.isfinite().all(1)
@@ -167,12 +165,12 @@ class _FeatureView:
         centred = features[drawn] - features[drawn].mean(0)
         spread = max(float(centred.square().sum(1).mean().sqrt()), 1e-12)
         view = cls(features, None, spread, features[drawn], labels[drawn])
-        if not len(references):
+        if not len(site.references):
             return view
-        seen = features_of(references)
+        seen = features_of(site.references)
         away = view._all_distances(seen)
         if site.own is not None:
-            away = away.masked_fill(site.own[: len(references), None] == chosen_T, torch.inf)
+            away = away.masked_fill(site.own[:, None] == chosen_T, torch.inf)
         nearest = away.amin(1)
         limit, _ = _limits(nearest[nearest.isfinite()])
         return cls(features, limit, spread, view.sample, view.sample_labels)

@@ -70,7 +70,7 @@ def _check_records(records: list[dict[str, Any]]) -> None:
     # The second round's training has impressions made beside it, through the first round's model; the third uses them.
     made = [record["impressions"]["made"] for record in records]
     assert made[0] == 0
-    assert all(10 <= count <= 20 for count in made[1:]), "the gate holds some back, not most"
+    assert all(10 <= count <= 20 for count in made[1:]), f"the gate holds some back, not most: {made}"
     rejected = [record["impressions"]["figures"]["rejected"] for record in records[1:]]
     assert rejected == [20 - n for n in made[1:]]
     for record in records[:2]:

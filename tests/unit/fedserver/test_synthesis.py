@@ -114,10 +114,10 @@ def test_the_model_comes_to_see_the_labels(device, space):
     plan = plan_for()
     model, labels = model_for(plan), torch.arange(12) % 4
     start, images = synthesise(
-        model, plan, labels, steps=100, stationarity=0.0, total_variation=0.1, space=space
+        model, plan, labels, steps=100, stationarity=0.0, total_variation=0.1, batch_norm=0.0, space=space
     )
     assert (model(start).argmax(1) == labels).float().mean() < 0.6
-    assert (model(images).argmax(1) == labels).float().mean() > 0.9
+    assert (model(images).argmax(1) == labels).all()
     low, high = transforms.pixel_bounds(plan)
     assert (images >= low).all()
     assert (images <= high).all()
