@@ -1,9 +1,9 @@
 """What impressions look like to independent judges, round by round: docs/results/impressions.json and a picture.
 
-Through the global models of every round of a federation (`lab.py`) banks are made as the coordinator makes them, with
-the engine's defaults, each from the one before; two judges (`judge.py`), which took part in no choice, say what they
-see. Beside them the loop as published, with three learning rates, and the engine's earlier defaults, through the same models. For the lab only: judges,
-and the row of real images in the picture, need what no coordinator has.
+Two judges (`judge.py`), which took part in no choice, say what they see in the banks that two federations (`lab.py`)
+made while they ran, and in banks made afterwards through the same global models with the settings `SPECTRAL`, each from
+the one before. Beside them stand the loop as published, with three learning rates, and both of ours from nothing. For
+the lab only: judges, and the row of real images in the picture, need what no coordinator has.
 
 Prints one JSON object that names the files.
 """
@@ -21,7 +21,7 @@ import torch
 from judge import DATA, JUDGES, Judge, Verdict, open_judge, pooled_images
 from judge import HOME as JUDGES_HOME
 from lab import HOME as RUNS_HOME
-from lab import LabRun, lab_run
+from lab import SPECTRAL, LabRun, lab_run
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -34,8 +34,6 @@ from fedserver.synthesis.bank import Bank
 from fedserver.synthesis.make import make_bank
 from fedserver.synthesis.options import SynthesisOptions
 
-# The engine's defaults until the judges were there.
-EARLIER = SynthesisOptions(space="pixels", jitter=0, batch_norm=0.1, first_layer_weight=10.0)
 PUBLISHED_RATES = (1.0, 10.0, 100.0)
 # Rounds of the picture, as shares of the run.
 SHOWN = (0.3, 0.5, 0.75, 1.0)
@@ -128,7 +126,7 @@ def examined(
             run.plan,
             number,
             state,
-            SynthesisOptions(),
+            SPECTRAL,
             device=device,
             job=Job(number, lambda message: None),
             previous=bank,
@@ -147,11 +145,26 @@ def examined(
             }
         )
         print(f"round {number}: {rows[-1]}", file=sys.stderr, flush=True)
-    return {"rounds": rows, **compared(run, court, first, device)}, banks
+    return {
+        "own_settings": dict(run.plan.strategy_options),
+        "own_banks": own_banks(run, court),
+        "spectral_banks": rows,
+        **compared(run, court, first, device),
+    }, banks
+
+
+def own_banks(run: LabRun, court: Court) -> list[dict[str, Any]]:
+    """Verdicts on the banks that the run itself made and its sites trained on, a row a round."""
+    rows = []
+    for path in sorted((run.folder / "impressions").glob("round-*.safetensors")):
+        bank = Bank.load(path)
+        number = int(path.stem.removeprefix("round-"))
+        rows.append({"round": number, **court.verdicts(bank), "images": len(bank)})
+    return rows
 
 
 def compared(run: LabRun, court: Court, first: int, device: ComputeDevice) -> dict[str, Any]:
-    """The published loop, after the first round with impressions and the last, and the defaults before these."""
+    """The published loop, after the first round with impressions and the last, and ours made from nothing."""
     last = run.plan.rounds
     published = [
         {"image_lr": rate, **_cold(run, court, number, FedImpresPaperOptions(image_lr=rate), device)}
@@ -160,8 +173,8 @@ def compared(run: LabRun, court: Court, first: int, device: ComputeDevice) -> di
     ]
     return {
         "published": published,
-        "cold": _cold(run, court, last, SynthesisOptions(), device),
-        "earlier_defaults_cold": _cold(run, court, last, EARLIER, device),
+        "spectral_cold": _cold(run, court, last, SPECTRAL, device),
+        "defaults_cold": _cold(run, court, last, SynthesisOptions(), device),
     }
 
 

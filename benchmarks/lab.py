@@ -21,9 +21,12 @@ from fedcore.models import build_model
 from fedcore.models.base import FederatedModel
 from fedcore.models.state_file import load_tensors
 from fedcore.plan import Plan, plan_from_json
+from fedserver.synthesis.options import SynthesisOptions
 from fedsim.protocol import plan_of, profile_of
 
 HOME = Path(".bench/runs")
+# The best settings that were found with the practice judge, on the run of alpha 1.0; not the engine's defaults.
+SPECTRAL = SynthesisOptions(space="spectrum", jitter="auto", batch_norm=30.0, first_layer_weight=1.0)
 STRATEGY, PROFILE = "fedimpres", "small"
 
 

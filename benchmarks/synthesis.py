@@ -7,6 +7,7 @@ of 160 impressions, same global model, device and precision, for
   2020), remade from nothing;
 * `cold`: our defaults, without a bank;
 * `refresh`: our defaults a round later: the bank of `cold` and the next round's global model;
+* `spectral_cold`, `spectral_refresh`: the same with the settings `SPECTRAL` of `lab.py`;
 * `published`: the published loop of FedImpres (a row without a ratio).
 
 For each, runs of growing step counts are timed alone, each from its start; the first that reaches the share counts.
@@ -32,7 +33,7 @@ import torch
 from judge import DATA, JUDGES, Judge, open_judge, pooled_images
 from judge import HOME as JUDGES_HOME
 from lab import HOME as RUNS_HOME
-from lab import lab_run
+from lab import SPECTRAL, lab_run
 from torch import Tensor
 
 from fedcore.data import transforms
@@ -53,12 +54,17 @@ DEEP_INVERSION = SynthesisOptions(
 METHODS: dict[str, SynthesisOptions] = {
     "cold": SynthesisOptions(),
     "refresh": SynthesisOptions(),
+    "spectral_cold": SPECTRAL,
+    "spectral_refresh": SPECTRAL,
     "deep_inversion": DEEP_INVERSION,
     "published": FedImpresPaperOptions(),
 }
+COLD_LADDER, REFRESH_LADDER = (20, 40, 60, 80, 100, 200), (1, 2, 3, 5, 10, 20, 40)
 LADDERS = {
-    "cold": (20, 40, 60, 80, 100, 200),
-    "refresh": (1, 2, 3, 5, 10, 20, 40),
+    "cold": COLD_LADDER,
+    "refresh": REFRESH_LADDER,
+    "spectral_cold": COLD_LADDER,
+    "spectral_refresh": REFRESH_LADDER,
     "deep_inversion": (50, 100, 200, 400, 800, 1600),
     "published": (10,),
 }
@@ -91,6 +97,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--share", type=float, default=0.70, help="of the bank, that must be recognised")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument(
         "--max-seconds", type=float, default=300.0, help="of the processor, that no run should exceed"
     )
@@ -100,9 +107,10 @@ def main() -> None:
     device = open_device(arguments.device, arguments.threads)
     lab = prepare(arguments, device)
     trials = [
-        measure(lab, arguments.share, arguments.max_seconds, repeat) for repeat in range(arguments.repeats)
+        measure(lab, arguments.methods, arguments.share, arguments.max_seconds, repeat)
+        for repeat in range(arguments.repeats)
     ]
-    rows = [row_of(name, [trial[name] for trial in trials]) for name in METHODS]
+    rows = [row_of(name, [trial[name] for trial in trials]) for name in arguments.methods]
     report = {
         "benchmark": "synthesis",
         "hardware": device.name,
@@ -141,21 +149,24 @@ def prepare(arguments: argparse.Namespace, device: ComputeDevice) -> Lab:
     return Lab(run.plan, device, models[0], models[1], judges, accuracy)
 
 
-def measure(lab: Lab, share: float, max_seconds: float, repeat: int) -> dict[str, list[dict[str, Any]]]:
+def measure(
+    lab: Lab, methods: Sequence[str], share: float, max_seconds: float, repeat: int
+) -> dict[str, list[dict[str, Any]]]:
     """By method, its ladder of step counts up to the first that reaches the share."""
     generator = torch.Generator().manual_seed(7 + 1000 * repeat)
     sizes = class_sizes(IMPRESSIONS, lab.plan.model.classes, generator)
     labels = compose(sizes, None, 1, refresh=0.0, max_age_rounds=1, generator=generator).fresh
-    cold_bank = bank_of(lab, METHODS["cold"], labels, repeat)
     found: dict[str, list[dict[str, Any]]] = {}
-    for name, options in METHODS.items():
+    for name in methods:
+        options = METHODS[name]
+        before = bank_of(lab, options, labels, repeat) if name.endswith("refresh") else None
         tried = found.setdefault(name, [])
         for steps in LADDERS[name]:
             if tried and tried[-1]["processor_seconds"] * steps / tried[-1]["steps"] > max_seconds:
                 break
             began, processor_began = time.perf_counter(), time.process_time()
-            if name == "refresh":
-                images, seen = refreshed(lab, options, cold_bank, steps, repeat)
+            if before is not None:
+                images, seen = refreshed(lab, options, before, steps, repeat)
             else:
                 images, seen = remade(lab, options, labels, steps, repeat), labels
             elapsed, worked = time.perf_counter() - began, time.process_time() - processor_began
@@ -196,10 +207,11 @@ def row_of(name: str, trials: Sequence[Sequence[dict[str, Any]]]) -> dict[str, A
 def ratios(rows: Sequence[dict[str, Any]], figure: str) -> dict[str, float | None]:
     """How many times less of a figure ours takes than DeepInversion; None where either never got there."""
     taken = {row["name"]: row[figure] for row in rows}
-    baseline = taken["deep_inversion"]
+    baseline = taken.get("deep_inversion")
     return {
         name: round(baseline / taken[name], 2) if baseline and taken[name] else None
-        for name in ("cold", "refresh")
+        for name in taken
+        if name.endswith(("cold", "refresh"))
     }
 
 
@@ -233,7 +245,7 @@ def refreshed(
 
 
 def bank_of(lab: Lab, options: SynthesisOptions, labels: Tensor, repeat: int) -> Bank:
-    """The bank that our defaults leave behind a round earlier."""
+    """The bank that these options leave behind a round earlier."""
     pixels = remade(lab, options, labels, options.planned_steps(warm=False), repeat)
     normal = transforms.normalise(pixels.to(lab.device.device), lab.plan)
     with torch.no_grad():

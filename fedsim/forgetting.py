@@ -89,7 +89,9 @@ class ForgettingMeter:
             self._global = (start, self._recalls(load_tensors(start), site))
         return self._global[1]
 
-    def _recalls(self, state: Mapping[str, Tensor], site: str, classes: Sequence[int] | None = None) -> Recalls:
+    def _recalls(
+        self, state: Mapping[str, Tensor], site: str, classes: Sequence[int] | None = None
+    ) -> Recalls:
         """Recall of each class; only those of `classes` if given, which is less work."""
         images = self._images
         if classes is not None:

@@ -25,9 +25,7 @@ class FedImpresPaperOptions(StrategyOptions, SynthesisOptions):
     optimizer: Literal["adam", "sgd"] = "sgd"
     image_lr: float = Field(100.0, gt=0)
     image_schedule: Literal["constant", "cosine"] = "constant"
-    space: Literal["spectrum", "pixels"] = "pixels"
     batch_size: int = Field(32, ge=1, le=65536)
-    jitter: int | Literal["auto"] = 0
     start: Literal["smooth", "white", "generator", "images"] = "white"
     warm_start: bool = False
     stationarity: float = Field(1.0, ge=0)

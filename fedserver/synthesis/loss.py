@@ -14,7 +14,7 @@ from fedserver.synthesis.objective import LayerStatistics
 from fedserver.synthesis.options import SynthesisOptions
 
 # Weight of BatchNorm's statistics where the plan leaves it open and the model has them.
-BATCH_NORM = 30.0
+BATCH_NORM = 0.1
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """The loop that makes impressions: the global model is frozen, images move.
 
 Source: Arya et al. 2024, "FedImpres: Federated Impressions", arXiv:2409.07351. Different from it by default:
-Adam, whose step does not depend on the loss's scale or the batch size; more terms (`loss.py`); what moves are
-the coefficients of a cosine transform (`spectrum.py`); pixels are kept in their range.
+Adam, whose step does not depend on the loss's scale or the batch size; more terms (`loss.py`); images are
+projected to the range of pixels after every step. `space = "spectrum"` moves coefficients instead (`spectrum.py`).
 
 Legend: M images in all, B in a batch, C channels, H x W pixels, K classes, D features.
 """

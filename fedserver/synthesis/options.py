@@ -40,13 +40,13 @@ class SynthesisOptions(BaseModel):
     optimizer: Literal["adam", "sgd"] = "adam"
     # In units of the normalised image; with "sgd", of the gradient of the batch-mean loss (published: 100).
     image_lr: float = Field(0.1, gt=0)
-    # What moves: the coefficients of a cosine transform, low frequencies first, or pixels, as published.
-    space: Literal["spectrum", "pixels"] = "spectrum"
+    # What moves: pixels, as published, or the coefficients of a cosine transform, low frequencies first.
+    space: Literal["spectrum", "pixels"] = "pixels"
     image_schedule: Literal["constant", "cosine"] = "cosine"
     batch_size: int = Field(160, ge=1, le=65536)
     # Largest shift in pixels of the whole batch, drawn each step ("auto": 1/14 of the shorter side); whether half of
     # the steps see it mirrored, which not every kind of image bears.
-    jitter: int | Literal["auto"] = "auto"
+    jitter: int | Literal["auto"] = 0
     flip: bool = False
 
     # -- start and bank -------------------------------------------------------------------------
@@ -72,10 +72,10 @@ class SynthesisOptions(BaseModel):
     gamma: float = Field(0.01, ge=0)
     rho: float = Field(1.0, ge=0)
     stationarity_scale: Literal["relative", "published"] = "relative"
-    # Distance of feature statistics to those that BatchNorm has stored. None: 30 where the model has
+    # Distance of feature statistics to those that BatchNorm has stored. None: 0.1 where the model has
     # BatchNorm. The first layer counts so many times.
     batch_norm: float | None = Field(None, ge=0)
-    first_layer_weight: float = Field(1.0, gt=0)
+    first_layer_weight: float = Field(10.0, gt=0)
     # Mean squared slope (difference of neighbouring pixels at 28 pixels a side); mean squared pixel.
     total_variation: float = Field(10.0, ge=0)
     l2: float = Field(0.0, ge=0)

@@ -1,9 +1,9 @@
 """Images as the coefficients of a cosine transform, so that an optimiser moves smooth patterns first.
 
 An optimiser that moves pixels one by one, above all Adam, whose steps do not shrink with the gradient, ends in fine
-grain that only the model at hand sees. Moving coefficients that count the less the higher their frequency gives
-what other nets see too (measured in docs/benchmarks.md). Source: Olah et al. 2017, "Feature Visualization", there
-with a Fourier transform; the cosine transform has no edge to wrap around.
+grain that only the model at hand sees. Moving coefficients that count the less the higher their frequency can give
+what other nets see too: docs/results/notes.md says where it did and where it did not. Source: Olah et al. 2017,
+"Feature Visualization", there with a Fourier transform; the cosine transform has no edge to wrap around.
 
 Legend: M images, C channels, H x W pixels.
 """

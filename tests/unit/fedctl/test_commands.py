@@ -220,7 +220,10 @@ def test_watch_off_a_terminal_tells_each_change_once(lab, make_run) -> None:
     ]
     lines = table("run", "watch", "blood").splitlines()
     assert len(lines) == 3
-    assert "RUNNING | round 1/3 | training | 1 absent, 1 training | site-2 no connection | accuracy 75.0 %" in lines[0]
+    assert (
+        "RUNNING | round 1/3 | training | 1 absent, 1 training | site-2 no connection | accuracy 75.0 %"
+        in lines[0]
+    )
     assert "DONE | round 3/3" in lines[2]
 
 

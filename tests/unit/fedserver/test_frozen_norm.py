@@ -9,7 +9,9 @@ from fedserver.synthesis.frozen_norm import frozen_norms, moments
 
 def a_model() -> nn.Sequential:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4)
+    )
     model(torch.randn(16, 3, 9, 9) * 2 + 1)
     for layer in (model[1], model[4]):
         nn.init.normal_(layer.weight)
@@ -47,7 +49,9 @@ def test_moments_are_differentiated_right(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, requires_grad=True)
     over = [d for d in range(x.dim()) if d != 1]
     weights = torch.randn(2, 3)
-    (expected,) = torch.autograd.grad((weights * torch.stack([x.mean(over), x.var(over, correction=0)])).sum(), [x])
+    (expected,) = torch.autograd.grad(
+        (weights * torch.stack([x.mean(over), x.var(over, correction=0)])).sum(), [x]
+    )
     (found,) = torch.autograd.grad((weights * torch.stack(moments(x))).sum(), [x])
     torch.testing.assert_close(found, expected)
 

@@ -212,7 +212,7 @@ def test_a_start_within_the_range_survives_the_way_to_coefficients_and_back():
 
 
 def test_automatic_jitter_follows_the_size():
-    options = SynthesisOptions()
+    options = SynthesisOptions(jitter="auto")
     assert [options.shift_px(*size) for size in ((8, 8), (28, 28), (28, 64), (256, 256))] == [1, 2, 2, 18]
     assert SynthesisOptions(jitter=5).shift_px(8, 8) == 5
     for wrong in (-1, 65):

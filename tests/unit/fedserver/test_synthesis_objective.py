@@ -167,7 +167,7 @@ def test_terms_are_named_weighted_and_absent_at_weight_zero():
 def test_terms_without_what_they_need_are_left_out():
     assert "disagreement" not in found(view(last_logits=None), disagreement=1)
     assert "batch_norm" not in found(view(layers=[]), batch_norm=None)
-    assert found(view(), batch_norm=None)["batch_norm"].item() == pytest.approx(30 * 5)
+    assert found(view(), batch_norm=None)["batch_norm"].item() == pytest.approx(0.1 * 5)
     assert set(found(view(layers=[]), fit="margin", fit_weight=1)) == {"margin"}
 
 

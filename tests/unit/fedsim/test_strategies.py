@@ -100,8 +100,12 @@ def test_sites_are_sent_the_variates_with_the_model(federation: Federation, make
     assert [s.bytes_down - p.bytes_down for s, p in zip(scaffold, plain, strict=True)] == [0, extra, extra]
 
 
-def test_ours_without_impressions_is_logit_adjusted_fedavg(federation: Federation, make_plan: MakePlan) -> None:
+def test_ours_without_impressions_is_logit_adjusted_fedavg(
+    federation: Federation, make_plan: MakePlan
+) -> None:
     """The tables name fedlc's rows as ours with synthesis off."""
-    ours = fedsim.run(make_plan(strategy="fedimpres", synthesis={"warmup_rounds": 9}), federation, forgetting_rounds=0)
+    ours = fedsim.run(
+        make_plan(strategy="fedimpres", synthesis={"warmup_rounds": 9}), federation, forgetting_rounds=0
+    )
     other = fedsim.run(make_plan(strategy="fedlc"), federation, forgetting_rounds=0)
     assert [r.model for r in ours.records] == [r.model for r in other.records]
