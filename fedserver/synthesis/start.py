@@ -3,6 +3,7 @@
 Legend: M images, C channels, H x W pixels, Z latent numbers, N images in a file.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedcore.errors import PlanError
+from fedserver.synthesis.objective import REFERENCE_SIDE
 
-# Pixels that a point of the coarse grid stands for, and the share of the half range that the noise spans.
+# Pixels that a point of the coarse grid stands for at 28 pixels a side (more in larger images: the noise is as smooth at
+# any size), and the share of the half range that the noise spans.
 COARSENESS = 4
 SPREAD = 0.5
 
@@ -66,7 +69,8 @@ def starting_images(
 def _smooth(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
     """Noise [M, C, H, W] of low frequency with zero mean and unit deviation a channel."""
     count, channels, height, width = shape
-    coarse = (max(2, -(-height // COARSENESS)), max(2, -(-width // COARSENESS)))
+    step = COARSENESS * max(1.0, min(height, width) / REFERENCE_SIDE)
+    coarse = (max(2, math.ceil(height / step)), max(2, math.ceil(width / step)))
     points = torch.randn((count, channels, *coarse), generator=generator)
     noise = F.interpolate(points, size=(height, width), mode="bicubic", align_corners=True)
     return noise / noise.std(dim=(2, 3), keepdim=True, correction=0).clamp_min(1e-6)

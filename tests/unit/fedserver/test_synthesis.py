@@ -72,6 +72,18 @@ def test_starts_are_seeded_and_within_the_range_of_pixels(kind, side):
     assert not torch.equal(images, draw(2)) or side == 1
 
 
+def test_a_smooth_start_is_as_smooth_at_any_size():
+    """`total_variation` measures slopes per 1/28 of the side."""
+    bounds = torch.tensor(-1.0), torch.tensor(1.0)
+    small, large = (
+        objective.total_variation(
+            starting_images("smooth", (8, 3, side, side), bounds, torch.Generator().manual_seed(1))
+        )
+        for side in (28, 256)
+    )
+    assert 0.7 * small < large < 1.4 * small
+
+
 def test_a_smooth_start_is_smoother_than_a_white_one():
     bounds = transforms.pixel_bounds(plan_for())
     smooth, white = (
