@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 OUT    ?= demo-out
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format protos bench results results-quick clean
+.PHONY: help install demo test test-long check format protos bench results results-quick clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -23,6 +23,9 @@ demo: $(STAMP)  ## a coordinator and four agents over mutual TLS on this machine
 
 test: $(STAMP)  ## the test suite (under 10 minutes on 2 cores)
 	$(BIN)/python -m pytest
+
+test-long: $(STAMP)  ## what takes longer: the units as started, the factory's README, all of the equality with gRPC
+	$(BIN)/python -m pytest -m long
 
 check: $(STAMP)  ## ruff, mypy --strict, import-linter, generated stubs up to date
 	$(BIN)/ruff check .

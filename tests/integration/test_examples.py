@@ -364,7 +364,7 @@ def trial(tmp_path: Path) -> Iterator[Federation]:
         os.kill(int(line.split()[0]), signal.SIGKILL)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_factorys_readme_runs_as_it_stands(trial: Federation) -> None:
     """Every command of it, with smaller images and fewer rounds, in a folder and on ports of the test's own."""
     plan = trial.root / "plan.toml"

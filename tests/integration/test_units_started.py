@@ -14,7 +14,7 @@ import pytest
 
 from tests.federation_fixture import Federation, children, digits_plan, gone, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
 # Longer than a beat of the compute process (5 s), far shorter than the unit's own.
 WATCHDOG_S = 9.0
