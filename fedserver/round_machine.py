@@ -306,28 +306,29 @@ def _to_opening(state: RunState, why: str = "") -> RunState:
 def _open(state: RunState, event: ev.RoundOpened) -> RunState:
     _expect(state, state.stage is Stage.OPENING and event.round == state.finished + 1, event)
     _expect(state, event.attempt == state.attempts + 1, event)
-    # A repetition keeps the updates that are there: they were made from the same global model.
-    kept = state.current.reported if state.current is not None else {}
-    registered = tuple(sorted({*event.registered, *kept}))
-    first = state.current or Round(
-        event.round, event.attempt, event.expected, registered, event.at,
-        synthesised=None if _wants_impressions(state, event.round) else (0, ""),
-    )  # fmt: skip
+    # A repetition keeps the updates that are there, made from the same global model, and the impressions made beside it.
+    before = state.current
+    kept = before.reported if before is not None else {}
     current = Round(
         number=event.round,
         attempt=event.attempt,
         expected=event.expected,
-        registered=registered,
-        opened_at=first.opened_at,
+        registered=tuple(sorted({*event.registered, *kept})),
+        opened_at=before.opened_at if before is not None else event.at,
         absent=MappingProxyType(dict(event.absent)),
         started=frozenset(kept),
         reported=MappingProxyType(dict(kept)),
-        # Impressions that were made beside the first attempt are there.
-        synthesised=first.synthesised,
-        synthesised_at=first.synthesised_at,
-        new_impressions=first.new_impressions,
-        synthesis_figures=first.synthesis_figures,
     )
+    if before is not None:
+        current = replace(
+            current,
+            synthesised=before.synthesised,
+            synthesised_at=before.synthesised_at,
+            new_impressions=before.new_impressions,
+            synthesis_figures=before.synthesis_figures,
+        )
+    elif not _wants_impressions(state, event.round):
+        current = replace(current, synthesised=(0, ""))
     return replace(
         state,
         status=Status.RUNNING,
