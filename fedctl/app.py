@@ -9,6 +9,7 @@ from fedcore.program import run_program
 from fedctl import (
     audit_commands,
     cert_commands,
+    completion,
     context_commands,
     demo,
     enroll_commands,
@@ -38,6 +39,7 @@ app.add_typer(role_commands.app, name="role")
 app.add_typer(audit_commands.app, name="audit")
 app.command("status")(status_commands.status)
 app.command("demo")(demo.demo)
+app.command("completion")(completion.completion)
 app.command("version")(status_commands.version)
 
 
@@ -47,7 +49,10 @@ def root(
     context: Annotated[
         str | None,
         typer.Option(
-            "--context", envvar="FEDIMPRES_CONTEXT", help="Context to use instead of the current one."
+            "--context",
+            envvar="FEDIMPRES_CONTEXT",
+            help="Context to use instead of the current one.",
+            autocompletion=completion.contexts,
         ),
     ] = None,
 ) -> None:

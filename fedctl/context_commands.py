@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from fedctl.completion import contexts as contexts_beginning
 from fedctl.contexts import Contexts, load_contexts, save_contexts
 from fedctl.invocation import Invocation
 from fedctl.render import Column, Output, OutputOption, note, print_object, print_rows
@@ -13,6 +14,7 @@ from fedctl.render import Column, Output, OutputOption, note, print_object, prin
 app = typer.Typer(no_args_is_help=True, help="Know coordinators by name.")
 
 NameArgument = Annotated[str, typer.Argument(help="Name of the context.")]
+KnownArgument = Annotated[str, typer.Argument(help="Name of the context.", autocompletion=contexts_beginning)]
 
 
 @app.command("add")
@@ -31,7 +33,7 @@ def add(
 
 
 @app.command("use")
-def use(ctx: typer.Context, name: NameArgument) -> None:
+def use(ctx: typer.Context, name: KnownArgument) -> None:
     """Make a context the current one."""
     folder = _folder(ctx)
     save_contexts(folder, load_contexts(folder).use(name))
@@ -53,7 +55,10 @@ def list_contexts(ctx: typer.Context, output: OutputOption = Output.TABLE) -> No
 def show(
     ctx: typer.Context,
     name: Annotated[
-        str | None, typer.Argument(help="Name of the context; the current one by default.")
+        str | None,
+        typer.Argument(
+            help="Name of the context; the current one by default.", autocompletion=contexts_beginning
+        ),
     ] = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
@@ -79,7 +84,7 @@ def show(
 
 
 @app.command("remove")
-def remove(ctx: typer.Context, name: NameArgument) -> None:
+def remove(ctx: typer.Context, name: KnownArgument) -> None:
     """Forget a context; its credential folder stays where it is."""
     folder = _folder(ctx)
     contexts = load_contexts(folder).remove(name)

@@ -13,6 +13,7 @@ import typer
 
 from fedcore.errors import ConfigError, NotFoundError, StorageError
 from fedctl.admin import Admin, open_admin
+from fedctl.completion import RunArgument
 from fedctl.documents import model_document
 from fedctl.durations import format_bytes
 from fedctl.render import Column, Output, OutputOption, console, note, percent, print_object, print_rows
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from fedctl.transfer import OnBytes
 
 app = typer.Typer(no_args_is_help=True, help="The models that runs have made.")
-
-RunArgument = Annotated[str, typer.Argument(help="Id of the run, or a unique beginning of one.")]
 
 
 @app.command("list")

@@ -10,6 +10,7 @@ import typer
 
 from fedcore.errors import ConfigError, PlanError
 from fedctl.admin import Admin, get_run, list_records, open_admin
+from fedctl.completion import RunArgument
 from fedctl.documents import plan_document, run_document
 from fedctl.durations import format_bytes, format_duration, parse_duration
 from fedctl.render import Column, Output, OutputOption, note, percent, print_json, print_object, print_rows
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Submit runs, look at them, steer them.")
 
-RunArgument = Annotated[str, typer.Argument(help="Id of the run, or a unique beginning of one.")]
 ReasonOption = Annotated[str, typer.Option(help="Why; goes into the run's record.")]
 EXIT_CODES = {"DONE": 0, "DEGRADED": 8}
 
@@ -42,7 +42,7 @@ def submit(
 
 @app.command("list")
 def list_runs(ctx: typer.Context, output: OutputOption = Output.TABLE) -> None:
-    """List the runs, oldest first."""
+    """List the runs, the newest first."""
     from fedcore.v1 import admin_pb2
 
     with open_admin(ctx) as admin:

@@ -1,11 +1,12 @@
 """fedctl site: the sites of the federation."""
 
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from fedcore.errors import NotFoundError
 from fedctl.admin import open_admin
+from fedctl.completion import SiteArgument
 from fedctl.documents import site_document
 from fedctl.render import Column, Output, OutputOption, print_object, print_rows
 
@@ -32,7 +33,7 @@ def list_sites(ctx: typer.Context, output: OutputOption = Output.TABLE) -> None:
 @app.command("show")
 def show(
     ctx: typer.Context,
-    site: Annotated[str, typer.Argument(help="Name of the site.")],
+    site: SiteArgument,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Show one site."""
