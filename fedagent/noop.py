@@ -10,7 +10,7 @@ import time
 
 from fedagent.trainer import TrainRequest, TrainResult
 from fedcore.compute_worker import Job
-from fedcore.errors import TensorMismatchError
+from fedcore.errors import PlanError, TensorMismatchError
 from fedcore.seeding import derive_seed
 from fedcore.tensor_file import read_manifest, write_tensor_file
 
@@ -18,9 +18,14 @@ from fedcore.tensor_file import read_manifest, write_tensor_file
 def train_noop(request: TrainRequest, job: Job) -> TrainResult:
     """Write the global model with another first float32 element, different for every site and round.
 
-    Raises StorageError if the model is damaged, TensorMismatchError if it has no float32 tensor to change.
+    Raises StorageError if the model is damaged, TensorMismatchError if it has no float32 tensor to change, PlanError for a
+    coded update.
     """
     began = time.monotonic()
+    if request.plan.transfer.updates != "lossless":
+        raise PlanError(
+            f"{request.who}: the model 'noop' sends its update as it is; leave transfer.updates out"
+        )
     job.progress(stage="training", done=0, total=1, loss=None, images_per_s=0.0)
     manifest, payload = read_manifest(request.model)
     offsets = manifest.offsets()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedagent.bank_check import PicturesOf, checked
 from fedagent.batches import EpochOrder, ImpressionSampler, impressions_in_batch
+from fedagent.encoding import encode_update
 from fedagent.impression_bank import ResidentBank
 from fedagent.local_state import LocalState
 from fedagent.objectives import load_objective
@@ -36,8 +37,9 @@ from fedcore.seeding import derive_seed
 from fedcore.tensor_file import TensorManifest, check_expected
 
 PROGRESS_INTERVAL_S = 0.2
-# Begins the names of what an objective keeps, in the file of what stays at the site.
+# Begin the names of what an objective keeps, and of what a coding left out, in the file of what stays at the site.
 _KEPT = "kept/"
+_LEFT_OUT = "left out/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,7 @@ def train(
         state=request.state,
         build_global_model=lambda: load_model(request.plan, start, device, request.who),
         strategy_state=_on_device(request.strategy_state, device),
-        kept=_kept_by_objective(before, device),
+        kept={name: tensor.to(device.device) for name, tensor in _with_prefix(before, _KEPT).items()},
         learning_rate=learning_rate(request.plan.training, request.round, request.plan.rounds),
         training=request.plan.training,
     )
@@ -143,8 +145,16 @@ def train(
     _check_finite({**trained, **extras, **left}, request.who)
     kept = {name: trained[name] for name in request.local_tensors}
     sent = {name: tensor for name, tensor in trained.items() if name not in kept} | extras
-    digest = save_state(request.out, sent)
+    coded = encode_update(
+        sent,
+        start,
+        request.plan.transfer,
+        left_out=_with_prefix(before, _LEFT_OUT),
+        generator=request.generator("update rounding"),
+    )
+    digest = save_state(request.out, coded.sent)
     kept |= {f"{_KEPT}{name}": tensor for name, tensor in left.items()}
+    kept |= {f"{_LEFT_OUT}{name}": tensor for name, tensor in coded.left_out.items()}
     if kept:
         local.save(request.round, kept)
     return TrainResult(
@@ -218,12 +228,12 @@ def _on_device(path: Path | None, device: ComputeDevice) -> dict[str, Tensor]:
     return {name: tensor.to(device.device) for name, tensor in tensors.items()}
 
 
-def _kept_by_objective(before: Mapping[str, Tensor] | None, device: ComputeDevice) -> dict[str, Tensor]:
-    """What the objective left in the round before, apart from the model's local tensors."""
+def _with_prefix(before: Mapping[str, Tensor] | None, prefix: str) -> dict[str, Tensor]:
+    """What the round before left under names that begin with `prefix`, without it."""
     return {
-        name.removeprefix(_KEPT): tensor.to(device.device)
+        name.removeprefix(prefix): tensor
         for name, tensor in (before or {}).items()
-        if name.startswith(_KEPT)
+        if name.startswith(prefix)
     }
 
 

@@ -75,6 +75,14 @@ class LimitsSection(_Section):
     join_wait_s: Annotated[float, Field(ge=0)] = 10
 
 
+class TransferSection(_Section):
+    """How updates travel from the sites. Anything but "lossless" is a coding of `fedcore.update_coding`."""
+
+    # "bf16" halves an update, "int8" quarters it, "top_k" sends so large a share of each kernel's numbers only.
+    updates: Literal["lossless", "bf16", "int8", "top_k"] = "lossless"
+    top_k_share: float = Field(0.1, gt=0, le=1)
+
+
 class DataSection(_Section):
     """How labels are named, and how much broken data a site may skip."""
 
@@ -129,6 +137,7 @@ class Plan(_Section):
     training: TrainingSection = TrainingSection()
     synthesis: SynthesisSection = SynthesisSection()
     limits: LimitsSection = LimitsSection()
+    transfer: TransferSection = TransferSection()
     data: DataSection = DataSection()
     transform: TransformSection = TransformSection()
     evaluation: EvaluationSection = EvaluationSection()

@@ -8,73 +8,24 @@ Legend: a block is a stretch of at most BLOCK elements of one tensor.
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Self
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from fedcore.errors import EmptyRoundError, LearningError, StorageError, TensorMismatchError
 from fedcore.models.state_file import TORCH_DTYPES
-from fedcore.tensor_file import (
-    DTYPE_BYTES,
-    EXTRA_PREFIX,
-    TensorManifest,
-    TensorSpec,
-    check_expected,
-    read_manifest,
-)
+from fedcore.tensor_file import EXTRA_PREFIX, TensorManifest, TensorSpec, check_expected
+from fedserver.decoding import open_update
 from fedserver.strategies.base import MergeRequest, MergeResult, SiteReport, SiteUpdate
+from fedserver.tensor_source import TensorFile, TensorSource
 
 # Elements in a block: float64 sum and float32 input stay within a core's cache.
 BLOCK = 1 << 16
 
 Weigh = Callable[[Sequence[SiteReport]], Sequence[float]]
-
-
-@dataclass(frozen=True, slots=True)
-class TensorFile:
-    """A canonical tensor file that is read a stretch at a time. Holds no descriptor and no map."""
-
-    path: Path
-    manifest: TensorManifest
-    starts: dict[str, int]
-
-    @classmethod
-    def open(cls, path: Path) -> Self:
-        """Read the header. Raises StorageError."""
-        manifest, payload = read_manifest(path)
-        return cls(path, manifest, {name: payload + start for name, (start, _) in manifest.offsets().items()})
-
-    def read(self, spec: TensorSpec, first: int, count: int, buffer: bytearray) -> Tensor:
-        """Elements `first` to `first + count` of a tensor, flat, in `buffer` (valid until its next use).
-
-        Raises StorageError if the file has shrunk meanwhile.
-        """
-        itemsize = DTYPE_BYTES[spec.dtype]
-        view = memoryview(buffer)[: count * itemsize]
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            got = os.preadv(descriptor, [view], self.starts[spec.name] + first * itemsize)
-        finally:
-            os.close(descriptor)
-        if got != view.nbytes:
-            raise StorageError(f"{self.path}: tensor '{spec.name}' ends early")
-        return torch.frombuffer(buffer, dtype=TORCH_DTYPES[spec.dtype], count=count)
-
-    def whole(self, spec: TensorSpec) -> Tensor:
-        """A whole tensor, flat, with its own memory; for small ones."""
-        return self.read(spec, 0, math.prod(spec.shape), bytearray(spec.size_bytes))
-
-    def named(self, name: str) -> Tensor:
-        """A whole tensor by its name. Raises StorageError if the file has none of it."""
-        spec = next((spec for spec in self.manifest.tensors if spec.name == name), None)
-        if spec is None:
-            raise StorageError(f"{self.path}: tensor '{name}' is missing")
-        return self.whole(spec)
 
 
 class _NotFiniteError(Exception):
@@ -108,10 +59,10 @@ def merge_by_weighted_mean(
         [*(spec for spec in model.manifest.tensors if spec.name not in local), *extras.tensors]
     )
     rejected: dict[str, str] = {}
-    accepted: list[tuple[SiteUpdate, TensorFile]] = []
+    accepted: list[tuple[SiteUpdate, TensorSource]] = []
     for update in request.updates:
         try:
-            accepted.append((update, _open_checked(update, expected, request.round)))
+            accepted.append((update, _open_checked(update, expected, model, request)))
         except (TensorMismatchError, StorageError, LearningError) as error:
             rejected[update.site] = error.message
     while True:
@@ -136,7 +87,7 @@ def merge_by_weighted_mean(
             return MergeResult(digest, tuple(update.site for update, _ in accepted), rejected)
 
 
-def _not_finite(accepted: Sequence[tuple[SiteUpdate, TensorFile]], round_number: int) -> dict[str, str]:
+def _not_finite(accepted: Sequence[tuple[SiteUpdate, TensorSource]], round_number: int) -> dict[str, str]:
     """The sites whose updates hold NaN or Inf, with the reason."""
     return {
         update.site: f"{update.site} round {round_number}: tensor '{name}' holds NaN or Inf; discarded"
@@ -189,7 +140,7 @@ def variance_partner(name: str) -> str | None:
     return f"{prefix}.running_mean" if prefix else "running_mean"
 
 
-def first_not_finite(file: TensorFile) -> str | None:
+def first_not_finite(file: TensorSource) -> str | None:
     """Name of the first floating tensor that holds NaN or Inf."""
     buffer = bytearray(BLOCK * 8)
     for spec in file.manifest.tensors:
@@ -201,16 +152,17 @@ def first_not_finite(file: TensorFile) -> str | None:
     return None
 
 
-def _open_checked(update: SiteUpdate, expected: TensorManifest, round_number: int) -> TensorFile:
+def _open_checked(
+    update: SiteUpdate, expected: TensorManifest, model: TensorFile, request: MergeRequest
+) -> TensorSource:
     """What of the gate costs nothing:
 
     header, report, variances. NaN and Inf show when the sum is not finite.
     """
-    who = f"{update.site} round {round_number}"
+    who = f"{update.site} round {request.round}"
     if update.report.num_examples <= 0:
         raise LearningError(f"{who}: trained on {update.report.num_examples} images; update discarded")
-    file = TensorFile.open(update.path)
-    check_expected(file.manifest, expected, who)
+    file = open_update(update.path, expected, model, request.transfer, who)
     for spec in file.manifest.tensors:
         if variance_partner(spec.name) and bool((file.whole(spec) < 0).any()):
             raise LearningError(f"{who}: tensor '{spec.name}' holds a negative variance; update discarded")
@@ -234,11 +186,11 @@ def average_over_rounds(
 
 def _write_mean(
     manifest: TensorManifest,
-    updates: Sequence[TensorFile],
+    updates: Sequence[TensorSource],
     weights: Sequence[float],
     out: Path,
     *,
-    keep: tuple[TensorFile, set[str]] | None = None,
+    keep: tuple[TensorSource, set[str]] | None = None,
     pool_variances: bool = True,
 ) -> str:
     """Write the mean of the updates' tensors that `manifest` names and return its digest.
@@ -289,24 +241,26 @@ class _BlockMerger:
         self._total = torch.empty(BLOCK, dtype=torch.float64)
         self._scratch = torch.empty(BLOCK, dtype=torch.float64)
 
-    def copy(self, model: TensorFile, spec: TensorSpec) -> Iterator[Tensor]:
+    def copy(self, model: TensorSource, spec: TensorSpec) -> Iterator[Tensor]:
         for first, count in _blocks(spec):
             yield model.read(spec, first, count, self._buffer)
 
-    def maximum(self, updates: Sequence[TensorFile], spec: TensorSpec) -> Iterator[Tensor]:
+    def maximum(self, updates: Sequence[TensorSource], spec: TensorSpec) -> Iterator[Tensor]:
         for first, count in _blocks(spec):
             highest = updates[0].read(spec, first, count, self._buffer).clone()
             for update in updates[1:]:
                 torch.maximum(highest, update.read(spec, first, count, self._buffer), out=highest)
             yield highest
 
-    def mean(self, updates: Sequence[TensorFile], spec: TensorSpec) -> Iterator[Tensor]:
+    def mean(self, updates: Sequence[TensorSource], spec: TensorSpec) -> Iterator[Tensor]:
         for first, count in _blocks(spec):
             blocks = (update.read(spec, first, count, self._buffer) for update in updates)
             total = weighted_mean(blocks, self._weights, self._total[:count], self._scratch[:count])
             yield self._narrowed(total, spec)
 
-    def variance(self, updates: Sequence[TensorFile], spec: TensorSpec, mean: TensorSpec) -> Iterator[Tensor]:
+    def variance(
+        self, updates: Sequence[TensorSource], spec: TensorSpec, mean: TensorSpec
+    ) -> Iterator[Tensor]:
         def sites() -> Iterator[tuple[Tensor, Tensor]]:
             return ((update.whole(mean), update.whole(spec)) for update in updates)
 

@@ -23,6 +23,7 @@ from fedcore.models.state_file import load_tensors, save_state, specs_of
 from fedcore.plan import ModelSection, Plan, plan_from_json
 from fedcore.seeding import derive_seed
 from fedcore.tensor_file import EXTRA_PREFIX, TensorManifest, TensorSpec, check_expected
+from fedcore.update_coding import coded_specs
 from fedserver.aggregation import average_over_rounds
 from fedserver.config import ComputeConfig
 from fedserver.own_images import OwnImages, read_scoring_images, read_test_images
@@ -74,7 +75,8 @@ class ServerCompute:
         return {
             "digest": save_state(Path(args["out"]), state),
             "update_tensors": [
-                [spec.name, spec.dtype, list(spec.shape)] for spec in [*sent, *_extras(strategy, layout)]
+                [spec.name, spec.dtype, list(spec.shape)]
+                for spec in coded_specs([*sent, *_extras(strategy, layout)], plan.transfer)
             ],
             "local_tensors": list(local),
             "objective": strategy.objective,
@@ -108,6 +110,7 @@ class ServerCompute:
             state=_path(args["state"]),
             state_out=Path(args["state_out"]),
             num_sites=int(args["num_sites"]),
+            transfer=plan.transfer,
         )
         result = strategy.merge(request)
         return {

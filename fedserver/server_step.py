@@ -18,8 +18,9 @@ from torch import Tensor
 from fedcore.errors import LearningError
 from fedcore.models.state_file import TORCH_DTYPES
 from fedcore.tensor_file import EXTRA_PREFIX, TensorManifest, TensorSpec
-from fedserver.aggregation import TensorFile, Weigh, merge_by_weighted_mean
+from fedserver.aggregation import Weigh, merge_by_weighted_mean
 from fedserver.strategies.base import MergeRequest, MergeResult
+from fedserver.tensor_source import TensorFile
 
 
 @dataclass(frozen=True, slots=True)

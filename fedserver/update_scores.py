@@ -21,7 +21,7 @@ from fedcore.models import build_model
 from fedcore.models.base import FederatedModel
 from fedcore.models.state_file import load_tensors
 from fedcore.plan import Plan
-from fedcore.tensor_file import EXTRA_PREFIX
+from fedserver.decoding import read_update
 
 
 def score_updates(
@@ -39,12 +39,14 @@ def score_updates(
     Cancelled if the job is withdrawn.
     """
     model = device.place(build_model(plan.model))
-    before = _score(model, start, plan, images, device, job)
+    started_from = load_tensors(start)
+    before = _score(model, start, started_from, plan, images, device, job)
     after: dict[str, list[int]] = {}
     notes = []
     for site, path in updates:
         try:
-            after[site] = list(_score(model, path, plan, images, device, job).class_correct)
+            state = read_update(path, start, plan.transfer)
+            after[site] = list(_score(model, path, state, plan, images, device, job).class_correct)
         except FedimpresError as error:
             notes.append(f"{site}: update not scored: {error.message}")
     return {
@@ -58,18 +60,14 @@ def score_updates(
 def _score(
     model: FederatedModel,
     path: Path,
+    state: Mapping[str, Tensor],
     plan: Plan,
     images: LabelledImages,
     device: ComputeDevice,
     job: Job,
 ) -> SplitMetrics:
-    tensors = load_tensors(path)
-    _load(model, {n: t for n, t in tensors.items() if not n.startswith(EXTRA_PREFIX)}, path)
-    return evaluate(model, images, plan, device.device, per_class=True, check=job.check)
-
-
-def _load(model: FederatedModel, state: Mapping[str, Tensor], path: Path) -> None:
     try:
         model.load_state_dict(dict(state))
     except RuntimeError as error:  # torch's word for tensors that are missing, surplus or misshapen
         raise StorageError(f"{path.name}: does not hold the plan's model: {error}") from error
+    return evaluate(model, images, plan, device.device, per_class=True, check=job.check)

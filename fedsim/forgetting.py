@@ -21,7 +21,7 @@ from fedcore.device import ComputeDevice
 from fedcore.evaluation import evaluate, recalls
 from fedcore.models.state_file import load_tensors
 from fedcore.plan import Plan
-from fedcore.tensor_file import EXTRA_PREFIX
+from fedserver.decoding import read_update
 
 RARE_SHARE = 0.01
 Recalls = Sequence[float | None]
@@ -64,8 +64,7 @@ class ForgettingMeter:
         if not rare:
             return
         before = self._before(site, round_number, start, local_tensors, state)
-        tensors = load_tensors(update).items()
-        trained = {name: tensor for name, tensor in tensors if not name.startswith(EXTRA_PREFIX)}
+        trained = read_update(update, start, self._plan.transfer)
         if local_tensors:
             kept = LocalState(state).newest() or {}
             trained |= {name: kept[name] for name in local_tensors}

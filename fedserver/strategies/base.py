@@ -14,7 +14,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedcore.plan import Options as PlanOptions
-from fedcore.plan import Plan
+from fedcore.plan import Plan, TransferSection
 from fedcore.tensor_file import TensorSpec
 from fedserver.synthesis.options import SynthesisOptions
 
@@ -94,6 +94,8 @@ class MergeRequest:
     state_out: Path | None = None
     # Sites of the run; a round may ask fewer.
     num_sites: int = 0
+    # How the updates travelled.
+    transfer: TransferSection = field(default_factory=TransferSection)
 
 
 @dataclass(frozen=True, slots=True)
