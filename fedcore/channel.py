@@ -97,6 +97,10 @@ CALLS: dict[str, CallPolicy] = {
     "/fedcore.v1.Admin/Download": _TRANSFER,
     "/fedcore.v1.Admin/UploadModel": _TRANSFER,
     "/fedcore.v1.Audit/ReadAudit": _WATCH,
+    # It writes to the database, and waits for that.
+    "/fedcore.v1.Operations/GetHealth": CallPolicy(30.0, idempotent=True),
+    "/fedcore.v1.Operations/GetConfig": _QUICK,
+    "/fedcore.v1.Operations/SetDrain": _QUICK,
     "/fedcore.v1.Access/GrantRole": _QUICK,
     "/fedcore.v1.Access/RevokeRole": _QUICK,
     "/fedcore.v1.Access/ListRoles": _QUICK,

@@ -46,6 +46,11 @@ class ComputeHost:
         """Process id of the compute process, None while there is none."""
         return self._process.pid if self._process and self._process.returncode is None else None
 
+    @property
+    def exit_status(self) -> int | None:
+        """How the process ended (negative: by that signal); None while it runs, and before it was first started."""
+        return self._process.returncode if self._process else None
+
     def silent_s(self) -> float:
         """Seconds since the process last gave a sign of life; 0 while it has no command."""
         return time.monotonic() - self._heard_at if self.busy_with is not None else 0.0

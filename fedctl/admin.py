@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fedcore.v1.admin_pb2_grpc import AdminStub
     from fedcore.v1.audit_pb2_grpc import AuditStub
     from fedcore.v1.certificates_pb2_grpc import CertificatesStub
+    from fedcore.v1.operations_pb2_grpc import OperationsStub
 
 RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")
@@ -67,6 +68,17 @@ class Admin:
 
         assert self._channel is not None, "opened by open_credential"
         return AuditStub(self._channel)
+
+    @property
+    def operations(self) -> "OperationsStub":
+        """The Operations service of the same connection."""
+        from fedcore import tls as _tls  # noqa: F401 - before grpc
+
+        # isort: split
+        from fedcore.v1.operations_pb2_grpc import OperationsStub
+
+        assert self._channel is not None, "opened by open_credential"
+        return OperationsStub(self._channel)
 
     def call(
         self,

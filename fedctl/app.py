@@ -16,6 +16,7 @@ from fedctl import (
     model_commands,
     role_commands,
     run_commands,
+    server_commands,
     site_commands,
     status_commands,
 )
@@ -37,6 +38,7 @@ app.add_typer(model_commands.app, name="model")
 app.add_typer(status_commands.auth_app, name="auth")
 app.add_typer(role_commands.app, name="role")
 app.add_typer(audit_commands.app, name="audit")
+app.add_typer(server_commands.app, name="server")
 app.command("status")(status_commands.status)
 app.command("demo")(demo.demo)
 app.command("completion")(completion.completion)

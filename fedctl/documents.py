@@ -4,7 +4,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedcore.v1 import admin_pb2
+    from fedcore.v1 import admin_pb2, operations_pb2
 
 FINAL_STATES = frozenset({"DONE", "DEGRADED", "FAILED", "ABORTED"})
 
@@ -90,4 +90,36 @@ def status_document(status: "admin_pb2.GetStatusReply") -> dict[str, Any]:
         "artifact_bytes": status.artifact_bytes,
         "free_bytes": status.free_bytes,
         "problems": list(status.problems),
+    }
+
+
+def health_document(reply: "operations_pb2.GetHealthReply") -> dict[str, Any]:
+    """The coordinator's health: every fact with its figures."""
+    return {
+        "healthy": reply.healthy,
+        "software_version": reply.software_version,
+        "drain": drain_document(reply.drain),
+        "facts": [
+            {
+                "check": fact.check,
+                "subject": fact.subject,
+                "healthy": fact.healthy,
+                "says": fact.says,
+                "hint": fact.hint,
+                "figures": dict(sorted(fact.figures.items())),
+            }
+            for fact in reply.facts
+        ],
+    }
+
+
+def drain_document(state: "operations_pb2.DrainState") -> dict[str, Any]:
+    """Whether rounds are opened, and whether anything is under way."""
+    return {
+        "draining": state.draining,
+        "quiet": state.quiet,
+        "under_way": state.under_way,
+        "since": state.since or None,
+        "by": state.by or None,
+        "reason": state.reason,
     }

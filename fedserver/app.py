@@ -33,6 +33,7 @@ from fedcore.v1 import (
     certificates_pb2_grpc,
     enrollment_pb2_grpc,
     federation_pb2_grpc,
+    operations_pb2_grpc,
 )
 from fedcore.version import software_version
 from fedserver.audit_exchange import AuditExchange
@@ -43,6 +44,7 @@ from fedserver.compute_work import ComputeWork
 from fedserver.config import ServerConfig, ServerHome
 from fedserver.deliveries import Deliveries
 from fedserver.grants import Grants
+from fedserver.health_facts import HealthFacts, Watched
 from fedserver.interceptors import edge_interceptors
 from fedserver.journal import Journal
 from fedserver.own_certificate import OwnCertificate
@@ -59,6 +61,7 @@ from fedserver.services.certificates import CertificatesService
 from fedserver.services.enrollment import EnrollmentService
 from fedserver.services.federation import FederationService
 from fedserver.services.health import HealthService
+from fedserver.services.operations import OperationsService
 from fedserver.strategies import makes_impressions
 from fedserver.tokens import Tokens
 from fedserver.turns import Turns
@@ -88,6 +91,7 @@ class Coordinator:
     driver: RoundDriver
     compute: ComputeHost
     health: HealthService
+    facts: HealthFacts
     pool: ThreadPoolExecutor
     turns: Turns
 
@@ -163,6 +167,14 @@ def _assemble(places: ServerHome, config: ServerConfig, database: Database) -> C
     driver = RoundDriver(
         Journal(database), store, roster, work, clock, _expected_sites(registry), makes_impressions
     )
+    health = HealthService()
+    facts = HealthFacts(
+        Watched(
+            database, store, compute, own.current, keeper.current, registry, roster,
+            health.services, driver.journal_lag_s, lambda: driver.draining,
+        ),
+        clock,
+    )  # fmt: skip
     turns = Turns(config.admission.max_transfers)
     pool = ThreadPoolExecutor(_TRANSFER_THREADS, thread_name_prefix="transfer")
     return Coordinator(
@@ -177,7 +189,8 @@ def _assemble(places: ServerHome, config: ServerConfig, database: Database) -> C
         roster,
         driver,
         compute,
-        HealthService(),
+        health,
+        facts,
         pool,
         turns,
     )
@@ -248,6 +261,8 @@ async def _start_servers(
     certificates_pb2_grpc.add_CertificatesServicer_to_server(certificates, main)
     access_pb2_grpc.add_AccessServicer_to_server(AccessService(parts.grants), main)
     audit_pb2_grpc.add_AuditServicer_to_server(AuditService(parts.audit, parts.grants), main)
+    operations = OperationsService(config, driver, parts.facts)
+    operations_pb2_grpc.add_OperationsServicer_to_server(operations, main)
     health_pb2_grpc.add_HealthServicer_to_server(parts.health, main)
     enrollment_pb2_grpc.add_EnrollmentServicer_to_server(enrollment, enrolling)
     for server, port, required in ((main, config.port, True), (enrolling, config.enroll_port, False)):
@@ -259,7 +274,7 @@ async def _start_servers(
         )
     await main.start()
     await enrolling.start()
-    for service in ("Federation", "Admin", "Certificates", "Access", "Audit", "Enrollment"):
+    for service in ("Federation", "Admin", "Certificates", "Access", "Audit", "Operations", "Enrollment"):
         parts.health.set(f"fedcore.v1.{service}", True)
     return main, enrolling
 

@@ -41,6 +41,8 @@ class World:
     stage_since: float
     sites: Mapping[str, Presence]
     bytes_down: int = 0
+    # Why no round may be opened; empty if it may.
+    held: str = ""
 
 
 def decide(state: RunState, world: World) -> tuple[ev.Event, ...]:
@@ -86,6 +88,8 @@ def _decide_opening(state: RunState, world: World) -> tuple[ev.Event, ...]:
     if state.attempts >= MAX_ATTEMPTS:
         reason = f"round {number} failed {MAX_ATTEMPTS} times: {state.reason}"
         return (ev.RunFinished(at=world.wall, status="FAILED", reason=reason),)
+    if world.held:
+        return ()
     expected = sites_of_round(plan, state.sites, number)
     here = tuple(s for s in expected if (p := world.sites.get(s)) and p.connected and not p.unable)
     reported = state.current.reported if state.current is not None else {}
@@ -140,6 +144,8 @@ def _why(site: str, world: World) -> str:
 def waiting_for(state: RunState, world: World) -> str:
     """What the run waits for, in words for the operator; empty when it waits for nobody."""
     if state.stage is Stage.OPENING:
+        if world.held:
+            return world.held
         expected = sites_of_round(state.plan, state.sites, state.finished + 1)
         absent = [s for s in expected if not ((p := world.sites.get(s)) and p.connected and not p.unable)]
         waited = world.now - world.stage_since

@@ -24,6 +24,7 @@ from fedcore.tensor_file import read_manifest
 from fedserver import round_events as ev
 from fedserver.compute_work import ComputeCommand, ComputeWork
 from fedserver.directives import evaluate_directive, stop_directive, train_directive
+from fedserver.drain import Drain
 from fedserver.journal import Journal, Submission
 from fedserver.retention import sweep
 from fedserver.roster import Assignment, Roster, Session
@@ -88,6 +89,9 @@ class RoundDriver:
         self._computing: dict[ComputeCommand, asyncio.Task[None]] = {}
         self._changed = asyncio.Condition()
         self._bytes_down = 0
+        self._drain: Drain | None = None
+        # When each fact that is not durable yet was posted.
+        self._unrecorded: dict[asyncio.Future[RunState], float] = {}
 
     # -- what the services ask ------------------------------------------------------------------
 
@@ -120,8 +124,37 @@ class RoundDriver:
                 return view
         return None
 
+    @property
+    def draining(self) -> Drain | None:
+        """The drain in force."""
+        return self._drain
+
+    def drain(self, drain: Drain | None) -> None:
+        """Open no further round until called with None; what is under way is finished. Connected agents are told."""
+        self._drain = drain
+        if drain is not None:
+            for session in self._roster.sessions.values():
+                session.send(drain.directive())
+        elif (view := self.active()) is not None and view.state.stage is Stage.OPENING:
+            view.stage_since = self._clock.monotonic()  # the drain is no waiting for sites
+        self.nudge()
+
+    def under_way(self) -> str:
+        """What a stop would interrupt, in words; empty if nothing."""
+        view = self.active()
+        if view is None or not work(view.state):
+            return ""
+        return f"run {view.state.run}, round {view.state.finished + 1}: {view.state.stage}"
+
+    def journal_lag_s(self) -> float:
+        """Seconds that the oldest fact has waited to become durable; 0 if none waits."""
+        oldest = min(self._unrecorded.values(), default=None)
+        return 0.0 if oldest is None else self._clock.monotonic() - oldest
+
     def waiting_for(self, view: RunView) -> str:
         """What a run waits for, in words."""
+        if view.state.status is Status.QUEUED and self._drain is not None:
+            return self._drain.says
         return waiting_for(view.state, self._world(view))
 
     async def submit(self, plan: Plan, *, request_id: str | None, by: str) -> str:
@@ -141,7 +174,11 @@ class RoundDriver:
             raise NotFoundError(f"no run {run[:80]!r}", hint="`fedctl run list` shows all runs")
         done: asyncio.Future[RunState] = asyncio.get_running_loop().create_future()
         self._mailbox.put_nowait(_Posted(run, event, done))
-        return await done
+        self._unrecorded[done] = self._clock.monotonic()
+        try:
+            return await done
+        finally:
+            del self._unrecorded[done]
 
     async def wait_changed(self, timeout_s: float) -> None:
         """Return when some run changed, or after `timeout_s`."""
@@ -236,7 +273,7 @@ class RoundDriver:
             )
             if run is None:
                 run = next((r for r, s in states.items() if s.status is Status.QUEUED), None)
-                if run is None:
+                if run is None or self._drain is not None:
                     return
                 events: tuple[ev.Event, ...] = (self._start(states[run].plan),)
             else:
@@ -279,6 +316,7 @@ class RoundDriver:
             stage_since=view.stage_since,
             sites=self._roster.presence(unable),
             bytes_down=self._bytes_down,
+            held=self._drain.says if self._drain is not None else "",
         )
 
     async def _publish(self, states: dict[str, RunState], recorded: list[tuple[str, ev.Event]]) -> None:

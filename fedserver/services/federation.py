@@ -101,6 +101,8 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         )
         if caller_of(context).issuer != self._newest_issuer():
             session.send(federation_pb2.Directive(renew_certificate=federation_pb2.RenewCertificate()))
+        if (drain := self._driver.draining) is not None:
+            session.send(drain.directive())
         self._driver.nudge()
         reader = asyncio.create_task(self._read(session, request_iterator))
         try:

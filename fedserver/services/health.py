@@ -42,6 +42,10 @@ class HealthService:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    def services(self) -> dict[str, bool]:
+        """Each service, and whether it serves."""
+        return dict(self._serving)
+
     def shut_down(self) -> None:
         """Say of every service that it no longer serves: the coordinator is about to stop."""
         for service in list(self._serving):

@@ -19,6 +19,7 @@ from fedcore.v1 import (
     certificates_pb2,
     enrollment_pb2,
     federation_pb2,
+    operations_pb2,
     tensor_pb2,
 )
 from fedserver.audit_policy import ACTIONS, Recorded
@@ -46,6 +47,7 @@ FILES: list[FileDescriptor] = [
         certificates_pb2,
         enrollment_pb2,
         federation_pb2,
+        operations_pb2,
         tensor_pb2,
         health_pb2,
     )
@@ -78,6 +80,8 @@ EXPECTED = {
     "fedcore.v1.Certificates/GetAuthority": READERS,
     "fedcore.v1.Certificates/RotateAuthority": {OWNER},
     "fedcore.v1.Audit": {AUDITOR, OWNER},
+    "fedcore.v1.Operations": READERS,
+    "fedcore.v1.Operations/SetDrain": {OPERATOR, OWNER},
     "fedcore.v1.Access": {OWNER},
     "fedcore.v1.Access/ListRoles": READERS,
     "fedcore.v1.Access/CanI": {ANY_OPERATOR},

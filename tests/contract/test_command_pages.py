@@ -46,8 +46,7 @@ MISSING = {
     "fedctl site drain", "fedctl site enable", "fedctl site disable", "fedctl site remove", "fedctl site ping",
     "fedctl site logs", "fedctl model show", "fedctl model verify", "fedctl impression", "fedctl impression list",
     "fedctl impression show", "fedctl impression preview", "fedctl impression purge", "fedctl backup",
-    "fedctl backup create", "fedctl backup verify", "fedctl backup restore", "fedctl server",
-    "fedctl server health", "fedctl server config", "fedctl server drain", "fedctl server debug-bundle",
+    "fedctl backup create", "fedctl backup verify", "fedctl backup restore",     "fedctl server debug-bundle",
     "fedserver preflight", "fedserver migrate",
 }  # fmt: skip
 

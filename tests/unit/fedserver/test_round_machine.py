@@ -356,6 +356,23 @@ def test_pause_takes_effect_after_the_round_and_resume_goes_on() -> None:
     assert story.follow(world()) == ["round_opened"]
 
 
+def test_while_rounds_are_held_the_one_under_way_goes_on_and_none_is_opened() -> None:
+    story = Story()
+    story.follow(world())
+    held = replace(world(), held="draining: no round is opened")
+    for site in "abc":
+        story.report(site)
+    assert story.follow(held) == ["collection_closed"]
+    story.aggregate("abc")
+    story.evaluate("abc")
+    assert story.follow(held) == ["round_finished"]
+    assert work(story.state) == ()
+    late = replace(held, now=1e6, sites=here(""))
+    assert story.follow(late) == [], "nor does the run fail for sites that nobody waits for"
+    assert waiting_for(story.state, late) == "draining: no round is opened"
+    assert story.follow(world()) == ["round_opened"]
+
+
 def test_a_pause_asked_for_before_the_first_round_keeps_it_from_opening() -> None:
     state = apply(RunState(run="t", plan=make_plan()), ev.RunStarted(at=0, sites=SITES, synthesises=False))
     state = apply(state, ev.PauseRequested(at=1, by="olga"))
