@@ -3,16 +3,19 @@
 Every process carries a mark in its environment, so that none can hide at the end, compute processes included.
 """
 
+import array
+import fcntl
 import json
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
+import termios
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,18 +25,24 @@ import numpy as np
 from fedcore.data.benchmark_sets import load_benchmark, write_site
 from fedctl.demo_plan import to_toml
 from fedctl.demo_processes import free_ports
+from tests.slow_line import SlowLine
 
 T = TypeVar("T")
 MARK = "FEDIMPRES_TEST_FEDERATION"
 NAME = "lab"
 CLASSES = tuple(str(n) for n in range(10))
 SITES = ("clinic-a", "clinic-b", "clinic-c", "clinic-d")
+# The site whose agent dials out through a proxy, `Federation.line`, where an upload can be held.
+BEHIND_PROXY = SITES[3]
 # Enrolled, with a credential of its own, but without an agent: tests speak for it.
 PROBE = "probe"
 
 
-def wait_until(condition: Callable[[], T], what: str, timeout_s: float = 40.0, every_s: float = 0.02) -> T:
-    """Poll until `condition` gives something true, and give that."""
+def wait_until(condition: Callable[[], T], what: str, timeout_s: float = 60.0, every_s: float = 0.02) -> T:
+    """Poll until `condition` gives something true, and give that.
+
+    For what comes and stays. What passes again is missed on a busy machine: hold it still first.
+    """
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
         assert time.monotonic() < deadline, f"{what}: not within {timeout_s:g} s"
@@ -66,6 +75,8 @@ class Federation:
     programs: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     # What the commands that built it printed, by what they did.
     journey: dict[str, Said] = field(default_factory=dict)
+    # Through which the agent of BEHIND_PROXY dials out; only a federation of `build` has one.
+    line: SlowLine | None = None
 
     @property
     def server_home(self) -> Path:
@@ -90,7 +101,7 @@ class Federation:
             "COLUMNS": "200",
         }
 
-    def command(self, program: str, *arguments: str, timeout_s: float = 60.0) -> Said:
+    def command(self, program: str, *arguments: str, timeout_s: float = 120.0) -> Said:
         """One command to its end."""
         done = subprocess.run(
             _words(program, arguments),
@@ -103,7 +114,7 @@ class Federation:
         )
         return Said(done.returncode, done.stdout, done.stderr)
 
-    def ctl(self, *arguments: str, expect: int = 0, timeout_s: float = 60.0) -> Said:
+    def ctl(self, *arguments: str, expect: int = 0, timeout_s: float = 120.0) -> Said:
         """`fedctl`, which must end with the exit code expected."""
         said = self.command("fedctl", *arguments, timeout_s=timeout_s)
         assert said.code == expect, f"fedctl {' '.join(arguments)}: {said}"
@@ -184,10 +195,12 @@ class Federation:
             program.terminate()
         for program in self.programs.values():
             try:
-                program.wait(10)
+                program.wait(20)
             except subprocess.TimeoutExpired:
                 program.kill()
                 program.wait()
+        if self.line is not None:
+            self.line.close()
 
     def leftovers(self) -> list[str]:
         """Processes of this federation that still run, as "PID COMMAND"."""
@@ -201,6 +214,73 @@ class Federation:
             except OSError:
                 continue
         return found
+
+    # -- phases held still ----------------------------------------------------------------------
+
+    @contextmanager
+    def hold(self, name: str) -> Iterator[None]:
+        """A program and its compute process stand still: a machine that hangs."""
+        with held(self.programs[name].pid, *children(self.programs[name].pid)):
+            yield
+
+    @contextmanager
+    def hold_compute(self, name: str) -> Iterator[int]:
+        """The compute process of a program, whose id this gives, stands still: no command of it can end."""
+        pid = self.compute_pid(name)
+        with held(pid):
+            yield pid
+
+    @contextmanager
+    def uploading(self, document: Mapping[str, Any], num_bytes: int) -> Iterator[str]:
+        """A new run in which the first update of BEHIND_PROXY is on its way and can't arrive: after about `num_bytes`
+        its line carries nothing more.
+        """
+        assert self.line is not None
+        with self.line.held_after(num_bytes):
+            run = self.submit(document)
+            wait_until(lambda: self.part(BEHIND_PROXY) is not None, "an upload")
+            yield run
+
+    def part(self, site: str) -> Path | None:
+        """What the coordinator has of a site's update that is on its way."""
+        parts = (self.server_home / "spool").glob(f"*~{site}~*.part")
+        return next((path for path in parts if path.stat().st_size), None)
+
+    @contextmanager
+    def training(self, document: Mapping[str, Any], *sites: str) -> Iterator[str]:
+        """A new run whose first round's training can't end: the compute processes of these sites stand still."""
+        with ExitStack() as still:
+            for site in sites:
+                still.enter_context(self.hold_compute(site))
+            run = self.submit(document)
+            self.wait_phase(run, "training")
+            yield run
+
+    @contextmanager
+    def aggregating(self, document: Mapping[str, Any]) -> Iterator[str]:
+        """A new run whose first aggregation is asked for and can't end: the coordinator's compute process stands still."""
+        with ExitStack() as still:
+            with self.training(document, SITES[0]) as run:
+                still.enter_context(self.hold_compute("coordinator"))
+            self.wait_phase(run, "aggregating")
+            yield run
+
+    @contextmanager
+    def synthesising(self, document: Mapping[str, Any]) -> Iterator[str]:
+        """A new run in its second round, beside whose training impressions are to be made: the coordinator's compute
+        process stands still.
+        """
+        first, second, *_ = document["sites"]
+        with ExitStack() as still:
+            with ExitStack() as evaluation:
+                with self.training(document, first) as run:
+                    others = len(document["sites"]) - 1
+                    wait_until(lambda: self.journal(run).count("update_stored") == others, "other updates")
+                    evaluation.enter_context(self.hold_compute(second))
+                self.wait_phase(run, "evaluating")
+                still.enter_context(self.hold_compute("coordinator"))
+            wait_until(lambda: self.journal(run).count("round_opened") == 2, "the second round")
+            yield run
 
     # -- runs -----------------------------------------------------------------------------------
 
@@ -223,7 +303,7 @@ class Federation:
         with self.admin() as admin:
             return get_run(admin, run)
 
-    def wait(self, run: str, timeout_s: float = 60.0) -> Any:
+    def wait(self, run: str, timeout_s: float = 120.0) -> Any:
         """Wait for the end of a run; returns it as the coordinator tells it."""
         from fedctl.following import follow_run
 
@@ -231,8 +311,8 @@ class Federation:
             *_, last = follow_run(admin, run, on_trouble=lambda text: None, timeout_s=timeout_s)
         return last
 
-    def wait_phase(self, run: str, phase: str, timeout_s: float = 40.0) -> Any:
-        """Poll until a run is in a phase (or state) and give it."""
+    def wait_phase(self, run: str, phase: str, timeout_s: float = 60.0) -> Any:
+        """Poll until a run is in a phase (or state) and give it. The phase must be one that can't pass meanwhile."""
         from fedctl.admin import get_run
 
         with self.admin() as admin:
@@ -281,10 +361,46 @@ def children(pid: int) -> list[int]:
 
 def gone(pid: int) -> bool:
     """Whether a process has ended (a zombie has)."""
+    return _state(Path(f"/proc/{pid}")) in ("Z", "")
+
+
+@contextmanager
+def held(*pids: int) -> Iterator[None]:
+    """Processes stand still (SIGSTOP) from the beginning of this until it is left, in whatever way.
+
+    They finish nothing, hear nothing, and can be killed.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        for pid in pids:
+            wait_until(lambda pid=pid: _stands_still(pid), f"process {pid} stands still")  # type: ignore[misc]
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def commanded(pid: int) -> bool:
+    """Whether a compute process that stands still has been given a command: it waits, unread, in its stdin."""
+    with open(f"/proc/{pid}/fd/0", "rb", buffering=0) as stdin:
+        waiting = array.array("i", [0])
+        fcntl.ioctl(stdin, termios.FIONREAD, waiting)
+    return waiting[0] > 0
+
+
+def _stands_still(pid: int) -> bool:
+    """Whether every thread has stopped: the signal reaches one that is in a system call only at its end."""
+    return all(_state(thread) == "T" for thread in Path(f"/proc/{pid}/task").iterdir())
+
+
+def _state(folder: Path) -> str:
+    """The letter of proc(5) for a process or thread; empty if it is no more."""
+    try:
+        return (folder / "stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return True
+        return ""
 
 
 def digits_plan(sites: Sequence[str] = SITES, **changes: Any) -> dict[str, Any]:
@@ -299,7 +415,8 @@ def digits_plan(sites: Sequence[str] = SITES, **changes: Any) -> dict[str, Any]:
         "model": {"name": "cnn", "classes": 10, "input": [1, 8, 8]},
         "training": {"epochs": 1, "batch_size": 32, "learning_rate": 0.05},
         "synthesis": {"warmup_rounds": 1, "images": 20},
-        "limits": {"round_deadline_s": 60, "stall_timeout_s": 30, "join_wait_s": 1},
+        # Long enough for a busy machine and for what a test holds still; what is to run out, a test sets.
+        "limits": {"round_deadline_s": 150, "stall_timeout_s": 90, "join_wait_s": 1},
         "data": {"class_names": list(CLASSES)},
     }
     for key, value in changes.items():
@@ -317,7 +434,7 @@ def noop_plan(params: int, sites: Sequence[str] = SITES, **changes: Any) -> dict
 def build(root: Path) -> Federation:
     """The operators' journey up to the connected agents, each line its own command."""
     port, enroll_port = free_ports(2)
-    made = Federation(root, port, enroll_port)
+    made = Federation(root, port, enroll_port, line=SlowLine())
     try:
         _build(made)
     except BaseException:
@@ -364,7 +481,9 @@ def write_digits(made: Federation) -> None:
 
 def configure_agent(made: Federation, site: str, data: Path, class_names: Sequence[str] = CLASSES) -> None:
     """Write a site's agent.toml."""
+    proxied = made.line is not None and site == BEHIND_PROXY
     config = {
+        **({"proxy": f"http://127.0.0.1:{made.line.port}"} if proxied else {}),
         "reconnect_max_s": 1.0,
         "data": {"kind": "npz", "path": str(data), "class_names": list(class_names)},
         "compute": {"device": "cpu", "threads": 1},

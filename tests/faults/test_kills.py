@@ -2,18 +2,19 @@
 
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.federation_fixture import (
+    BEHIND_PROXY,
     PROBE,
     SITES,
     Federation,
     children,
+    commanded,
     digits_plan,
     gone,
     noop_plan,
@@ -21,8 +22,10 @@ from tests.federation_fixture import (
 )
 
 ROUNDS = 2
-# Four updates of 32 MB: long enough on their way to be met there.
-PARAMS = 8_000_000
+# Updates of 6 MiB: three chunks.
+PARAMS = 3 << 19
+# After which an upload is held: one chunk has arrived, the second has not.
+HELD_AFTER = 3 << 20
 
 
 def upload_plan() -> dict[str, Any]:
@@ -34,7 +37,6 @@ def impressions_plan(name: str = "impressions") -> dict[str, Any]:
         name=name,
         rounds=ROUNDS,
         strategy="fedimpres",
-        training={"epochs": 8},
         synthesis={"warmup_rounds": 1, "images": 40},
     )
 
@@ -77,55 +79,49 @@ def check_whole(federation: Federation, run: str, digest: str) -> None:
     assert not list((federation.server_home / "spool").iterdir())
 
 
-def logged(federation: Federation, name: str, since: int, *words: str) -> Callable[[], bool]:
-    return lambda: all(word in federation.log(name, since) for word in words)
-
-
-def part_sizes(federation: Federation) -> list[int]:
-    return [path.stat().st_size for path in (federation.server_home / "spool").glob("*.part")]
-
-
 def test_coordinator_killed_while_agents_upload(federation: Federation, undisturbed: dict[str, str]) -> None:
     digest = reference(federation, undisturbed, upload_plan())
-    run = federation.submit(upload_plan())
-    wait_until(lambda: any(size > 4 << 20 for size in part_sizes(federation)), "uploads", every_s=0.0)
-    federation.kill("coordinator")
-    cut = part_sizes(federation)
-    assert cut, "nothing was on its way"
-    assert federation.journal(run).count("update_stored") < len(SITES)
+    with federation.uploading(upload_plan(), HELD_AFTER) as run:
+        federation.kill("coordinator")
+        assert 0 < federation.part(BEHIND_PROXY).stat().st_size < 4 * PARAMS
+        assert federation.journal(run).count("update_stored") < len(SITES)
     federation.start_coordinator()
     check_whole(federation, run, digest)
 
 
 def test_coordinator_killed_while_sites_train(federation: Federation, undisturbed: dict[str, str]) -> None:
     digest = reference(federation, undisturbed, impressions_plan())
-    run = federation.submit(impressions_plan())
-    since = federation.log_size("coordinator")
-    wait_until(logged(federation, "coordinator", since, "task started"), "training")
-    federation.kill_with_compute("coordinator")
-    assert "collection_closed" not in federation.journal(run)
+    with federation.training(impressions_plan(), SITES[0]) as run:
+        wait_until(lambda: "task_started" in federation.journal(run), "training has begun")
+        federation.kill_with_compute("coordinator")
+        assert "collection_closed" not in federation.journal(run)
     federation.start_coordinator()
     check_whole(federation, run, digest)
 
 
-@pytest.mark.parametrize(
-    ("document", "trigger", "not_yet"),
-    [
-        (upload_plan(), "collection closed", "aggregation_finished"),
-        # The second round's training has impressions made beside it.
-        (impressions_plan(), "round finished", "synthesis_finished"),
-    ],
-    ids=["aggregating", "synthesising"],
-)
-def test_coordinator_and_its_compute_killed_while_it_computes(
-    federation: Federation, undisturbed: dict[str, str], document: dict[str, Any], trigger: str, not_yet: str
+def test_coordinator_and_its_compute_killed_while_it_aggregates(
+    federation: Federation, undisturbed: dict[str, str]
 ) -> None:
-    digest = reference(federation, undisturbed, document)
-    since = federation.log_size("coordinator")
-    run = federation.submit(document)
-    wait_until(logged(federation, "coordinator", since, trigger), trigger, every_s=0.0)
-    federation.kill_with_compute("coordinator")
-    assert not_yet not in federation.journal(run)
+    digest = reference(federation, undisturbed, upload_plan())
+    with federation.aggregating(upload_plan()) as run:
+        federation.kill_with_compute("coordinator")
+    kinds = federation.journal(run)
+    assert "collection_closed" in kinds
+    assert "aggregation_finished" not in kinds
+    federation.start_coordinator()
+    check_whole(federation, run, digest)
+
+
+def test_coordinator_and_its_compute_killed_while_it_synthesises(
+    federation: Federation, undisturbed: dict[str, str]
+) -> None:
+    """The second round's training has impressions made beside it."""
+    digest = reference(federation, undisturbed, impressions_plan())
+    with federation.synthesising(impressions_plan()) as run:
+        federation.kill_with_compute("coordinator")
+    kinds = federation.journal(run)
+    assert kinds.count("round_opened") == 2
+    assert "synthesis_finished" not in kinds
     federation.start_coordinator()
     check_whole(federation, run, digest)
 
@@ -135,10 +131,9 @@ def test_compute_of_the_coordinator_killed_while_it_aggregates(
 ) -> None:
     digest = reference(federation, undisturbed, upload_plan())
     since = federation.log_size("coordinator")
-    victim = federation.compute_pid("coordinator")
-    run = federation.submit(upload_plan())
-    wait_until(logged(federation, "coordinator", since, "collection closed"), "aggregation", every_s=0.0)
-    os.kill(victim, signal.SIGKILL)
+    with federation.aggregating(upload_plan()) as run:
+        victim = federation.compute_pid("coordinator")
+        os.kill(victim, signal.SIGKILL)
     check_whole(federation, run, digest)
     assert "killed by signal 9" in federation.log("coordinator", since)
     assert federation.compute_pid("coordinator") != victim
@@ -146,11 +141,10 @@ def test_compute_of_the_coordinator_killed_while_it_aggregates(
 
 def test_one_agent_of_four_killed_and_restarted(federation: Federation, undisturbed: dict[str, str]) -> None:
     digest = reference(federation, undisturbed, impressions_plan())
-    run = federation.submit(impressions_plan())
-    wait_until(lambda: stage(federation, run, SITES[0]) == "training", "training")
-    compute = federation.compute_pid(SITES[0])
-    federation.kill(SITES[0])
-    wait_until(lambda: gone(compute), "the compute process ends with its parent", 5)
+    with federation.training(impressions_plan(), SITES[0]) as run:
+        compute = federation.compute_pid(SITES[0])
+        federation.kill(SITES[0])
+    wait_until(lambda: gone(compute), "the compute process ends with its parent")
     federation.start_agent(SITES[0])
     check_whole(federation, run, digest)
 
@@ -159,12 +153,9 @@ def test_one_agent_killed_while_it_uploads_and_restarted(
     federation: Federation, undisturbed: dict[str, str]
 ) -> None:
     digest = reference(federation, undisturbed, upload_plan())
-    run = federation.submit(upload_plan())
-    spool = federation.server_home / "spool"
-    pattern = f"*~{SITES[1]}~*.part"
-    wait_until(lambda: any(p.stat().st_size > 2 << 20 for p in spool.glob(pattern)), "upload", every_s=0.0)
-    federation.kill(SITES[1])
-    federation.start_agent(SITES[1])
+    with federation.uploading(upload_plan(), HELD_AFTER) as run:
+        federation.kill(BEHIND_PROXY)
+    federation.start_agent(BEHIND_PROXY)
     check_whole(federation, run, digest)
 
 
@@ -173,15 +164,16 @@ def test_a_damaged_update_on_the_agents_disk_is_made_again(
 ) -> None:
     """A power cut may leave a finished update as zeros: it was not fsynced, and need not be."""
     digest = reference(federation, undisturbed, upload_plan())
-    tasks = federation.site_home(SITES[1]) / "tasks"
-    run = federation.submit(upload_plan())
-    record = wait_until(lambda: next(iter(tasks.glob("*.json")), None), "an update to deliver", every_s=0.0)
-    federation.kill(SITES[1])
-    update = wait_until(lambda: newest_artifact(federation, SITES[1]), "update")
-    if record.exists():  # else it was delivered in the same moment: then nothing is left to damage
-        update.write_bytes(b"\0" * update.stat().st_size)
-    federation.start_agent(SITES[1])
+    since = federation.log_size(BEHIND_PROXY)
+    with federation.uploading(upload_plan(), HELD_AFTER) as run:
+        federation.kill(BEHIND_PROXY)
+    assert list((federation.site_home(BEHIND_PROXY) / "tasks").glob("*.json")), "an update to deliver"
+    update = newest_artifact(federation, BEHIND_PROXY)
+    assert update is not None
+    update.write_bytes(b"\0" * update.stat().st_size)
+    federation.start_agent(BEHIND_PROXY)
     check_whole(federation, run, digest)
+    assert "update was damaged, training again" in federation.log(BEHIND_PROXY, since)
 
 
 def newest_artifact(federation: Federation, site: str) -> Path | None:
@@ -189,14 +181,11 @@ def newest_artifact(federation: Federation, site: str) -> Path | None:
     return max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
-def stage(federation: Federation, run: str, site: str) -> str:
-    return next((p.stage for p in federation.run(run).progress if p.site == site), "")
-
-
 def test_a_site_whose_compute_is_killed_misses_this_round_only(federation: Federation) -> None:
-    run = federation.submit(digits_plan(rounds=2, training={"epochs": 30}))
-    wait_until(lambda: stage(federation, run, SITES[2]) == "training", "training")
-    os.kill(federation.compute_pid(SITES[2]), signal.SIGKILL)
+    with federation.training(digits_plan(rounds=2), SITES[2]) as run:
+        compute = federation.compute_pid(SITES[2])
+        wait_until(lambda: commanded(compute), "the site's command")
+        os.kill(compute, signal.SIGKILL)
     ended = federation.wait(run)
     assert ended.state == "DEGRADED"
     first, second = federation.rounds(run)
@@ -208,9 +197,8 @@ def test_a_site_whose_compute_is_killed_misses_this_round_only(federation: Feder
 
 def test_one_agent_gone_for_good_degrades_the_run_and_is_named(federation: Federation) -> None:
     limits = {"stall_timeout_s": 3, "join_wait_s": 1}
-    run = federation.submit(digits_plan(rounds=2, training={"epochs": 20}, limits=limits))
-    wait_until(lambda: stage(federation, run, SITES[3]) == "training", "training")
-    federation.kill_with_compute(SITES[3])
+    with federation.training(digits_plan(rounds=2, limits=limits), SITES[3]) as run:
+        federation.kill_with_compute(SITES[3])
     said = federation.ctl("run", "wait", run, "-o", "json", expect=8)
     assert said.json["state"] == "DEGRADED"
     records = federation.rounds(run)
@@ -224,20 +212,16 @@ def test_one_agent_gone_for_good_degrades_the_run_and_is_named(federation: Feder
 
 def test_a_stopped_agent_is_let_go_and_comes_back_by_itself(federation: Federation) -> None:
     """Connected, but without progress: SIGSTOP stands for a machine that hangs."""
-    limits = {"stall_timeout_s": 6, "join_wait_s": 1}
-    run = federation.submit(digits_plan(rounds=2, training={"epochs": 30}, limits=limits))
-    wait_until(lambda: stage(federation, run, SITES[3]) == "training", "training")
-    pids = [federation.programs[SITES[3]].pid, *children(federation.programs[SITES[3]].pid)]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        wait_until(lambda: "site_let_go" in federation.journal(run), "it is let go", 30)
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+    limits = {"stall_timeout_s": 4, "join_wait_s": 1}
+    with (
+        federation.training(digits_plan(rounds=2, limits=limits), SITES[3]) as run,
+        federation.hold(SITES[3]),
+    ):
+        wait_until(lambda: "site_let_go" in federation.journal(run), "it is let go")
     assert federation.wait(run).state == "DEGRADED"
     reason = federation.rounds(run)[0]["missing"][SITES[3]]
     assert "no progress for" in reason or "no connection for" in reason
+    federation.wait_connected(SITES[3])
 
 
 def test_a_run_that_waits_in_vain_for_min_sites_fails(federation: Federation) -> None:
@@ -253,13 +237,11 @@ def test_a_coordinator_that_is_told_to_stop_drains_and_goes_on_later(
     federation: Federation, undisturbed: dict[str, str]
 ) -> None:
     digest = reference(federation, undisturbed, impressions_plan())
-    run = federation.submit(impressions_plan())
-    federation.wait_phase(run, "training")
-    program = federation.programs.pop("coordinator")
-    began = time.monotonic()
-    program.terminate()
-    assert program.wait(10) == 0
-    assert time.monotonic() - began < 8
+    with federation.training(impressions_plan(), SITES[0]) as run:
+        program = federation.programs.pop("coordinator")
+        program.terminate()
+        assert program.wait(60) == 0, "it does not wait for the site, which will not end"
+        assert "collection_closed" not in federation.journal(run)
     federation.start_coordinator()
     check_whole(federation, run, digest)
 
@@ -273,5 +255,4 @@ def _no_stray_compute(federation: Federation) -> Iterator[None]:
     wait_until(
         lambda: {line.split()[0] for line in federation.leftovers()} <= programs | owned,
         "no stray process",
-        5,
     )
