@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from fedcore import reproducibility
-from tests.federation_fixture import SITES, Federation, build, wait_until
+from tests.federation_fixture import SITES, Federation, build
 
 # As the programs do: test modules compute while they are collected, and simulations run in this process.
 reproducibility.prepare()
@@ -16,7 +16,7 @@ def _session_federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fe
     made = build(tmp_path_factory.mktemp("federation"))
     yield made
     made.stop()
-    wait_until(lambda: not made.leftovers(), f"all processes gone, but there are {made.leftovers()}", 10)
+    made.check_over()
 
 
 @pytest.fixture

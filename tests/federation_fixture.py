@@ -202,6 +202,10 @@ class Federation:
         if self.line is not None:
             self.line.close()
 
+    def check_over(self) -> None:
+        """Once it was stopped, nothing of it runs any more."""
+        wait_until(lambda: not self.leftovers(), f"all processes gone, but there are {self.leftovers()}")
+
     def leftovers(self) -> list[str]:
         """Processes of this federation that still run, as "PID COMMAND"."""
         wanted = f"{MARK}={self.mark}".encode()
@@ -266,9 +270,9 @@ class Federation:
             yield run
 
     @contextmanager
-    def synthesising(self, document: Mapping[str, Any]) -> Iterator[str]:
-        """A new run in its second round, beside whose training impressions are to be made: the coordinator's compute
-        process stands still.
+    def second_round(self, document: Mapping[str, Any]) -> Iterator[str]:
+        """A new run in its second round, in which the coordinator's compute process stands still: the round can't end,
+        and neither can the impressions that are made beside its training.
         """
         first, second, *_ = document["sites"]
         with ExitStack() as still:

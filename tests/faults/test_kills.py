@@ -117,7 +117,7 @@ def test_coordinator_and_its_compute_killed_while_it_synthesises(
 ) -> None:
     """The second round's training has impressions made beside it."""
     digest = reference(federation, undisturbed, impressions_plan())
-    with federation.synthesising(impressions_plan()) as run:
+    with federation.second_round(impressions_plan()) as run:
         federation.kill_with_compute("coordinator")
     kinds = federation.journal(run)
     assert kinds.count("round_opened") == 2

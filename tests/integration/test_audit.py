@@ -26,7 +26,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     federation = build(tmp_path_factory.mktemp("audit"))
     yield federation
     federation.stop()
-    assert federation.leftovers() == []
+    federation.check_over()
 
 
 @pytest.fixture(scope="module")

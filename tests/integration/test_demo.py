@@ -65,7 +65,7 @@ class Demo:
 
     def wait_for_training(self) -> None:
         """Until a round trains and every program has its compute process."""
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.stderr
             lines = self.marked().values()
@@ -77,9 +77,9 @@ class Demo:
             ):
                 return
             time.sleep(0.1)
-        raise AssertionError(f"no training within 90 s: {self.stderr}")
+        raise AssertionError(f"no training within 120 s: {self.stderr}")
 
-    def assert_nothing_left(self, within_s: float = 25.0) -> None:
+    def assert_nothing_left(self, within_s: float = 60.0) -> None:
         deadline = time.monotonic() + within_s
         while time.monotonic() < deadline and self.marked():
             time.sleep(0.1)
@@ -105,8 +105,8 @@ def start(tmp_path: Path) -> Iterator[type[Demo]]:
 
 def test_demo_trains_and_leaves_results_but_no_process(start) -> None:
     demo = start("--sites", "2", "--rounds", "4", "--alpha", "0.5", "--seed", "1")
-    assert demo.process.wait(120) == 0, demo.stderr
-    demo.assert_nothing_left(within_s=0.5)
+    assert demo.process.wait(150) == 0, demo.stderr
+    demo.assert_nothing_left()
 
     document = json.loads(demo.stdout_path.read_text())
     assert set(document) == {"run", "dataset", "strategy", "rounds", "final", "report"}
@@ -170,8 +170,8 @@ def test_signals_end_it_cleanly(number: signal.Signals, code: int, start) -> Non
     demo = start("--sites", "2", "--rounds", "500", "--strategy", "fedavg")
     demo.wait_for_training()
     demo.process.send_signal(number)
-    assert demo.process.wait(30) == code, demo.stderr
-    demo.assert_nothing_left(within_s=0.5)
+    assert demo.process.wait(60) == code, demo.stderr
+    demo.assert_nothing_left()
     assert not list(demo.out.glob("work-*"))
 
 
@@ -182,33 +182,33 @@ def test_a_program_that_dies_ends_the_demo_at_once_with_its_name(start) -> None:
         pid for pid, line in demo.marked().items() if "fedagent.cli serve" in line and "/site-2 " in line
     )
     os.kill(agent, signal.SIGKILL)
-    assert demo.process.wait(25) == 1, demo.stderr
+    assert demo.process.wait(60) == 1, demo.stderr
     assert "error[compute_failed]: site-2: ended unexpectedly with SIGKILL" in demo.stderr
     assert demo.stdout_path.read_text() == ""
-    demo.assert_nothing_left(within_s=0.5)
+    demo.assert_nothing_left()
 
 
 def test_missing_data_is_told_before_anything_starts(start) -> None:
     demo = start("--dataset", "bloodmnist")
-    assert demo.process.wait(30) == 1
+    assert demo.process.wait(60) == 1
     assert "error[data_invalid]: bloodmnist: no data file given" in demo.stderr
     assert not (demo.out / "logs" / "coordinator.log").exists()
 
 
 def test_two_demos_do_not_share_a_folder(start) -> None:
     first = start("--sites", "2", "--rounds", "500", "--strategy", "fedavg")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not (first.out / "logs").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     ended = subprocess.run(
         [sys.executable, "-m", "fedctl.app", "demo", "--out", str(first.out)],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
         check=False,
     )
     assert ended.returncode == 7
     assert "another demo uses this folder" in ended.stderr
     first.process.terminate()
-    first.process.wait(30)
+    first.process.wait(60)
     first.assert_nothing_left()

@@ -140,7 +140,7 @@ class Waiting:
     update: Update
 
     def deliver(self, parts: Iterable[Part]) -> federation_pb2.DeliverReply:
-        return self.call(lambda: self.probe.stub.Deliver(iter(parts), timeout=20))
+        return self.call(lambda: self.probe.stub.Deliver(iter(parts), timeout=60))
 
     def finish(self) -> Any:
         """Report figures once they are asked for, and wait for the end of the run."""
@@ -163,7 +163,6 @@ class Waiting:
         wait_until(
             lambda: _logged(self.federation.log("coordinator", since), caught.value.message),
             "the refusal stands in the log",
-            3,
         )
         assert self.federation.journal(self.run) == before
         assert "update_stored" not in before
@@ -333,7 +332,7 @@ def test_a_connection_that_is_cut_is_resumed_from_its_offset(waiting: Waiting) -
     update = waiting.update
     over = threading.Event()
     call = waiting.probe.stub.Deliver.future(_endless(update.parts(end=4 * CHUNK), over))
-    wait_until(lambda: waiting.offset(update).offset == 4 * CHUNK, "four chunks are there", 5)
+    wait_until(lambda: waiting.offset(update).offset == 4 * CHUNK, "four chunks are there")
     call.cancel()
     over.set()
     assert waiting.deliver(update.parts(4 * CHUNK)).outcome == federation_pb2.DeliverReply.OUTCOME_STORED
@@ -344,9 +343,9 @@ def test_a_newer_stream_ends_the_older_at_once(waiting: Waiting) -> None:
     update = waiting.update
     over = threading.Event()
     older = waiting.probe.stub.Deliver.future(_endless(update.parts(end=4 * CHUNK), over))
-    wait_until(lambda: waiting.offset(update).offset == 4 * CHUNK, "four chunks are there", 5)
+    wait_until(lambda: waiting.offset(update).offset == 4 * CHUNK, "four chunks are there")
     assert waiting.deliver(update.parts(4 * CHUNK)).outcome == federation_pb2.DeliverReply.OUTCOME_STORED
-    error = older.exception(timeout=5)
+    error = older.exception(timeout=60)
     over.set()
     assert isinstance(from_rpc_error(error, "coordinator"), ConflictError)
 
@@ -354,7 +353,7 @@ def test_a_newer_stream_ends_the_older_at_once(waiting: Waiting) -> None:
 def _endless(parts: Iterable[Part], over: threading.Event) -> Iterator[Part]:
     """Parts, then silence."""
     yield from parts
-    over.wait(20)
+    over.wait(120)
 
 
 def test_gaps_and_broken_order_are_refused(waiting: Waiting) -> None:
@@ -401,7 +400,6 @@ def test_messages_about_runs_that_are_not_do_no_harm(waiting: Waiting) -> None:
     wait_until(
         lambda: waiting.federation.log("coordinator", since).count("message came too late") >= 10,
         "all are read",
-        5,
     )
     assert waiting.federation.run(waiting.run).phase == "training"
     assert waiting.federation.programs["coordinator"].poll() is None
@@ -446,7 +444,7 @@ def _last_reason(federation: Federation, run: str, adapter: Any) -> str:
 def test_fetch_gives_only_what_the_sites_work_needs(waiting: Waiting) -> None:
     def fetch(digest: str, offset: int = 0) -> list[tensor_pb2.ArtifactPart]:
         request = federation_pb2.FetchRequest(digest=digest, offset=offset)
-        return waiting.call(lambda: list(waiting.probe.stub.Fetch(request, timeout=10)))  # type: ignore[no-any-return]
+        return waiting.call(lambda: list(waiting.probe.stub.Fetch(request, timeout=60)))  # type: ignore[no-any-return]
 
     size = waiting.task.model.payload_bytes
     tail = fetch(waiting.task.model.digest, size - 8)
@@ -567,7 +565,7 @@ def test_data_that_does_not_fit_the_plan_is_told_to_the_operator(federation: Fed
 
 def _restart_with(federation: Federation, site: str, data: Path, names: Iterable[str]) -> None:
     federation.kill_with_compute(site)
-    wait_until(lambda: not _connected(federation, site), "the coordinator notices", 10)
+    wait_until(lambda: not _connected(federation, site), "the coordinator notices")
     configure_agent(federation, site, data, tuple(names))
     federation.start_agent(site)
     federation.wait_connected(site)

@@ -299,7 +299,7 @@ def test_a_pause_ends_the_task_at_once_is_told_and_holds_until_resume(tmp_path: 
         told.driver._step(*stopped(told.driver._state, ""))
         await asyncio.sleep(0.01)
 
-    asyncio.run(asyncio.wait_for(story(), 20))
+    asyncio.run(asyncio.wait_for(story(), 120))
 
 
 def test_what_the_policy_forbids_touches_neither_line_nor_disk(site: Site, host: ComputeHost) -> None:

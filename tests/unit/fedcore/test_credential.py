@@ -146,8 +146,8 @@ def test_only_a_proxy_that_was_configured_is_used():
 
 def test_the_environments_proxy_sees_no_connection(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as proxy, socket.create_server(("127.0.0.1", 0)) as there:
-        proxy.settimeout(5)
-        there.settimeout(5)
+        proxy.settimeout(60)
+        there.settimeout(60)
         address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
         for name in ("http_proxy", "https_proxy", "grpc_proxy"):
             monkeypatch.setenv(name, address)

@@ -89,12 +89,12 @@ class World:
         return sessions
 
     async def until(self, condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not condition():
                 await asyncio.sleep(0.005)
 
     async def answer(self, kind: type[Any], event: Callable[[Any], ev.Event]) -> None:
-        command, answer = await asyncio.wait_for(self.compute.asked.get(), 5)
+        command, answer = await asyncio.wait_for(self.compute.asked.get(), 60)
         assert isinstance(command, kind)
         answer.set_result(event(command))
 
@@ -128,7 +128,7 @@ async def served(world: World) -> AsyncIterator[RoundDriver]:
 
 
 def go(story: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(story, 20))
+    asyncio.run(asyncio.wait_for(story, 120))
 
 
 def directives(session: Session) -> list[str | None]:
@@ -200,7 +200,7 @@ def test_a_restart_goes_on_with_exactly_what_is_missing(tmp_path: Path) -> None:
             with pytest.raises(ConflictError):
                 await driver.post(view.state.run, again)
             await driver.post(view.state.run, world.stored("b", world.artifact(b"2")))
-            command, _ = await asyncio.wait_for(world.compute.asked.get(), 5)
+            command, _ = await asyncio.wait_for(world.compute.asked.get(), 60)
             assert [site for site, _, _ in command.updates] == ["a", "b"]
 
     go(before())
@@ -218,7 +218,7 @@ def test_an_abort_withdraws_computing_once_and_tells_the_sites(tmp_path: Path) -
             await world.until(lambda: all(session.assignment is None for session in sessions))
             assert [directives(session) for session in sessions] == [["stop"], ["stop"]]
             second = await driver.submit(make_plan(), request_id=None, by="ann")
-            await asyncio.wait_for(world.compute.asked.get(), 5)
+            await asyncio.wait_for(world.compute.asked.get(), 60)
             await driver.post(second, ev.RunFinished(at=9, status="ABORTED", reason="x"))
             await world.until(lambda: world.compute.withdrawn)
             await asyncio.sleep(0.7)
@@ -284,7 +284,7 @@ def test_one_run_at_a_time_and_the_same_request_once(tmp_path: Path) -> None:
             first = await driver.submit(make_plan(), request_id="q1", by="ann")
             second = await driver.submit(make_plan(), request_id="q2", by="ann")
             assert await driver.submit(make_plan(), request_id="q1", by="ann") == first
-            await asyncio.wait_for(world.compute.asked.get(), 5)
+            await asyncio.wait_for(world.compute.asked.get(), 60)
             statuses = [driver.view(run).state.status for run in (first, second)]
             assert statuses == [Status.RUNNING, Status.QUEUED]
             assert driver.active() is driver.view(first)
