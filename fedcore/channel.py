@@ -101,6 +101,8 @@ CALLS: dict[str, CallPolicy] = {
     "/fedcore.v1.Operations/GetHealth": CallPolicy(30.0, idempotent=True),
     "/fedcore.v1.Operations/GetConfig": _QUICK,
     "/fedcore.v1.Operations/SetDrain": _QUICK,
+    "/fedcore.v1.Operations/GetSoftware": _QUICK,
+    "/fedcore.v1.Operations/WatchEvents": _WATCH,
     "/fedcore.v1.Access/GrantRole": _QUICK,
     "/fedcore.v1.Access/RevokeRole": _QUICK,
     "/fedcore.v1.Access/ListRoles": _QUICK,

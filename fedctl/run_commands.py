@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedcore.errors import ConfigError, PlanError
+from fedctl import run_export, run_logs
 from fedctl.admin import Admin, get_run, list_records, open_admin
 from fedctl.completion import RunArgument
 from fedctl.documents import plan_document, run_document
@@ -28,11 +29,18 @@ EXIT_CODES = {"DONE": 0, "DEGRADED": 8}
 def submit(
     ctx: typer.Context,
     plan: Annotated[Path, typer.Argument(help="The plan, a TOML file.")],
+    request_id: Annotated[
+        str,
+        typer.Option(
+            "--request-id",
+            help="A name for this submission: with the same name and plan a script that tries again gets the same run.",
+        ),
+    ] = "",
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Submit a plan; it runs when the runs before it have ended."""
     with open_admin(ctx) as admin:
-        run = submit_plan(admin, plan)
+        run = submit_plan(admin, plan, request_id)
     if output is Output.TABLE:
         print(run)
         note(f"follow it with: fedctl run watch {run}")
@@ -161,9 +169,13 @@ def rounds(ctx: typer.Context, run: RunArgument, output: OutputOption = Output.T
     )
 
 
-def submit_plan(admin: Admin, path: Path) -> str:
+app.command("logs")(run_logs.logs)
+app.command("export")(run_export.export)
+
+
+def submit_plan(admin: Admin, path: Path, request_id: str = "") -> str:
     """Check a plan here, upload the model that it starts from if that is a file of ours, submit; return the
-    run's id.
+    run's id. A repetition with the same `request_id` gives the same run.
 
     Raises PlanError before anything is sent, and what the coordinator answers.
     """
@@ -181,7 +193,7 @@ def submit_plan(admin: Admin, path: Path) -> str:
         initial_digest = upload_model(admin, initial)
     request = admin_pb2.SubmitRunRequest(
         plan_toml=path.read_text(encoding="utf-8"),
-        request_id=str(uuid.uuid4()),
+        request_id=request_id or str(uuid.uuid4()),
         initial_digest=initial_digest,
     )
     return admin.call(lambda stub: stub.SubmitRun, request).run

@@ -261,7 +261,7 @@ async def _start_servers(
     certificates_pb2_grpc.add_CertificatesServicer_to_server(certificates, main)
     access_pb2_grpc.add_AccessServicer_to_server(AccessService(parts.grants), main)
     audit_pb2_grpc.add_AuditServicer_to_server(AuditService(parts.audit, parts.grants), main)
-    operations = OperationsService(config, driver, parts.facts)
+    operations = OperationsService(config, driver, Journal(database), parts.facts)
     operations_pb2_grpc.add_OperationsServicer_to_server(operations, main)
     health_pb2_grpc.add_HealthServicer_to_server(parts.health, main)
     enrollment_pb2_grpc.add_EnrollmentServicer_to_server(enrollment, enrolling)

@@ -60,6 +60,8 @@ ACTIONS: dict[str, Rule] = {
     "/fedcore.v1.Operations/GetHealth": Rule("server.health"),
     "/fedcore.v1.Operations/GetConfig": Rule("server.config"),
     "/fedcore.v1.Operations/SetDrain": Rule("server.drain", _AFTER),
+    "/fedcore.v1.Operations/GetSoftware": Rule("server.software"),
+    "/fedcore.v1.Operations/WatchEvents": Rule("run.logs"),
     "/fedcore.v1.Access/GrantRole": Rule("role.grant", _AFTER),
     "/fedcore.v1.Access/RevokeRole": Rule("role.revoke", _AFTER),
     "/fedcore.v1.Access/ListRoles": Rule("role.list"),

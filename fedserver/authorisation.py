@@ -61,6 +61,8 @@ ROLES: dict[str, frozenset[str]] = {
     "/fedcore.v1.Operations/GetHealth": _READERS,
     "/fedcore.v1.Operations/GetConfig": _READERS,
     "/fedcore.v1.Operations/SetDrain": _ADMITTING,
+    "/fedcore.v1.Operations/GetSoftware": _READERS,
+    "/fedcore.v1.Operations/WatchEvents": _READERS,
     "/fedcore.v1.Access/GrantRole": _OWNERS,
     "/fedcore.v1.Access/RevokeRole": _OWNERS,
     "/fedcore.v1.Access/ListRoles": _READERS,

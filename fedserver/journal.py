@@ -82,19 +82,24 @@ class Journal:
 
     def events(self, run: str) -> list[Event]:
         """Everything that happened to a run, in order. Raises StorageError if a record can't be read."""
-        rows = self._database.read(
-            lambda c: c.execute("SELECT seq, body FROM journal WHERE run = ? ORDER BY seq", (run,)).fetchall()
-        )
-        events = []
+        return [event for _, event in self.records(run)]
+
+    def records(self, run: str, after: int = 0, limit: int = -1) -> list[tuple[int, Event]]:
+        """What happened to a run after the position `after`, in order, each with its position; at most `limit` if that
+        is not negative. Raises StorageError if a record can't be read.
+        """
+        query = "SELECT seq, body FROM journal WHERE run = ? AND seq > ? ORDER BY seq LIMIT ?"
+        rows = self._database.read(lambda c: c.execute(query, (run, after, limit)).fetchall())
+        records = []
         for seq, body in rows:
             try:
-                events.append(EVENT.validate_json(body))
+                records.append((seq, EVENT.validate_json(body)))
             except ValidationError as error:
                 raise StorageError(
                     f"journal record {seq} of run {run} can't be read: {error.errors()[0]['msg']}",
                     hint="restore the database from a backup",
                 ) from error
-        return events
+        return records
 
     def replay(self) -> list[tuple[Submission, RunState]]:
         """Every run with its state, the oldest first."""

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66\x65\x64\x63ore/v1/operations.proto\x12\nfedcore.v1\"\x12\n\x10GetHealthRequest\"\x89\x01\n\x0eGetHealthReply\x12\x0f\n\x07healthy\x18\x01 \x01(\x08\x12%\n\x05\x66\x61\x63ts\x18\x02 \x03(\x0b\x32\x16.fedcore.v1.HealthFact\x12%\n\x05\x64rain\x18\x03 \x01(\x0b\x32\x16.fedcore.v1.DrainState\x12\x18\n\x10software_version\x18\x04 \x01(\t\"\xbf\x01\n\nHealthFact\x12\r\n\x05\x63heck\x18\x01 \x01(\t\x12\x0f\n\x07subject\x18\x02 \x01(\t\x12\x0f\n\x07healthy\x18\x03 \x01(\x08\x12\x0c\n\x04says\x18\x04 \x01(\t\x12\x0c\n\x04hint\x18\x05 \x01(\t\x12\x34\n\x07\x66igures\x18\x06 \x03(\x0b\x32#.fedcore.v1.HealthFact.FiguresEntry\x1a.\n\x0c\x46iguresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x12\n\x10GetConfigRequest\"7\n\x0eGetConfigReply\x12%\n\x08settings\x18\x01 \x03(\x0b\x32\x13.fedcore.v1.Setting\"=\n\x07Setting\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x12\n\nvalue_json\x18\x02 \x01(\t\x12\x11\n\tfrom_file\x18\x03 \x01(\x08\"3\n\x0fSetDrainRequest\x12\x10\n\x08\x64raining\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"k\n\nDrainState\x12\x10\n\x08\x64raining\x18\x01 \x01(\x08\x12\r\n\x05quiet\x18\x02 \x01(\x08\x12\r\n\x05since\x18\x03 \x01(\t\x12\n\n\x02\x62y\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x11\n\tunder_way\x18\x06 \x01(\t2\xdb\x01\n\nOperations\x12\x45\n\tGetHealth\x12\x1c.fedcore.v1.GetHealthRequest\x1a\x1a.fedcore.v1.GetHealthReply\x12\x45\n\tGetConfig\x12\x1c.fedcore.v1.GetConfigRequest\x1a\x1a.fedcore.v1.GetConfigReply\x12?\n\x08SetDrain\x12\x1b.fedcore.v1.SetDrainRequest\x1a\x16.fedcore.v1.DrainStateb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66\x65\x64\x63ore/v1/operations.proto\x12\nfedcore.v1\"\x12\n\x10GetHealthRequest\"\x89\x01\n\x0eGetHealthReply\x12\x0f\n\x07healthy\x18\x01 \x01(\x08\x12%\n\x05\x66\x61\x63ts\x18\x02 \x03(\x0b\x32\x16.fedcore.v1.HealthFact\x12%\n\x05\x64rain\x18\x03 \x01(\x0b\x32\x16.fedcore.v1.DrainState\x12\x18\n\x10software_version\x18\x04 \x01(\t\"\xbf\x01\n\nHealthFact\x12\r\n\x05\x63heck\x18\x01 \x01(\t\x12\x0f\n\x07subject\x18\x02 \x01(\t\x12\x0f\n\x07healthy\x18\x03 \x01(\x08\x12\x0c\n\x04says\x18\x04 \x01(\t\x12\x0c\n\x04hint\x18\x05 \x01(\t\x12\x34\n\x07\x66igures\x18\x06 \x03(\x0b\x32#.fedcore.v1.HealthFact.FiguresEntry\x1a.\n\x0c\x46iguresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x12\n\x10GetConfigRequest\"7\n\x0eGetConfigReply\x12%\n\x08settings\x18\x01 \x03(\x0b\x32\x13.fedcore.v1.Setting\"=\n\x07Setting\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x12\n\nvalue_json\x18\x02 \x01(\t\x12\x11\n\tfrom_file\x18\x03 \x01(\x08\"3\n\x0fSetDrainRequest\x12\x10\n\x08\x64raining\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"k\n\nDrainState\x12\x10\n\x08\x64raining\x18\x01 \x01(\x08\x12\r\n\x05quiet\x18\x02 \x01(\x08\x12\r\n\x05since\x18\x03 \x01(\t\x12\n\n\x02\x62y\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x11\n\tunder_way\x18\x06 \x01(\t\"\x14\n\x12GetSoftwareRequest\")\n\x10GetSoftwareReply\x12\x15\n\rsoftware_json\x18\x01 \x01(\t\"O\n\x12WatchEventsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\x12\r\n\x05since\x18\x03 \x01(\t\x12\x0e\n\x06\x66ollow\x18\x04 \x01(\x08\"\x81\x01\n\x08RunEvent\x12\x10\n\x08position\x18\x01 \x01(\x04\x12\n\n\x02\x61t\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0c\n\x04site\x18\x05 \x01(\t\x12\x0c\n\x04text\x18\x06 \x01(\t\x12\x11\n\tbody_json\x18\x07 \x01(\t\x12\x0b\n\x03run\x18\x08 \x01(\t2\xef\x02\n\nOperations\x12\x45\n\tGetHealth\x12\x1c.fedcore.v1.GetHealthRequest\x1a\x1a.fedcore.v1.GetHealthReply\x12\x45\n\tGetConfig\x12\x1c.fedcore.v1.GetConfigRequest\x1a\x1a.fedcore.v1.GetConfigReply\x12?\n\x08SetDrain\x12\x1b.fedcore.v1.SetDrainRequest\x1a\x16.fedcore.v1.DrainState\x12K\n\x0bGetSoftware\x12\x1e.fedcore.v1.GetSoftwareRequest\x1a\x1c.fedcore.v1.GetSoftwareReply\x12\x45\n\x0bWatchEvents\x12\x1e.fedcore.v1.WatchEventsRequest\x1a\x14.fedcore.v1.RunEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,6 +51,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SETDRAINREQUEST']._serialized_end=588
   _globals['_DRAINSTATE']._serialized_start=590
   _globals['_DRAINSTATE']._serialized_end=697
-  _globals['_OPERATIONS']._serialized_start=700
-  _globals['_OPERATIONS']._serialized_end=919
+  _globals['_GETSOFTWAREREQUEST']._serialized_start=699
+  _globals['_GETSOFTWAREREQUEST']._serialized_end=719
+  _globals['_GETSOFTWAREREPLY']._serialized_start=721
+  _globals['_GETSOFTWAREREPLY']._serialized_end=762
+  _globals['_WATCHEVENTSREQUEST']._serialized_start=764
+  _globals['_WATCHEVENTSREQUEST']._serialized_end=843
+  _globals['_RUNEVENT']._serialized_start=846
+  _globals['_RUNEVENT']._serialized_end=975
+  _globals['_OPERATIONS']._serialized_start=978
+  _globals['_OPERATIONS']._serialized_end=1345
 # @@protoc_insertion_point(module_scope)

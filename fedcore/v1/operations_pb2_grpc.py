@@ -49,6 +49,16 @@ class OperationsStub:
                 request_serializer=fedcore_dot_v1_dot_operations__pb2.SetDrainRequest.SerializeToString,
                 response_deserializer=fedcore_dot_v1_dot_operations__pb2.DrainState.FromString,
                 _registered_method=True)
+        self.GetSoftware = channel.unary_unary(
+                '/fedcore.v1.Operations/GetSoftware',
+                request_serializer=fedcore_dot_v1_dot_operations__pb2.GetSoftwareRequest.SerializeToString,
+                response_deserializer=fedcore_dot_v1_dot_operations__pb2.GetSoftwareReply.FromString,
+                _registered_method=True)
+        self.WatchEvents = channel.unary_stream(
+                '/fedcore.v1.Operations/WatchEvents',
+                request_serializer=fedcore_dot_v1_dot_operations__pb2.WatchEventsRequest.SerializeToString,
+                response_deserializer=fedcore_dot_v1_dot_operations__pb2.RunEvent.FromString,
+                _registered_method=True)
 
 
 class OperationsServicer:
@@ -75,6 +85,20 @@ class OperationsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetSoftware(self, request, context):
+        """Which software the coordinator runs: what a run needs to be repeated.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchEvents(self, request, context):
+        """What happened to a run, from the journal, the oldest first; with `follow` also what happens, until the run is over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperationsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +116,16 @@ def add_OperationsServicer_to_server(servicer, server):
                     servicer.SetDrain,
                     request_deserializer=fedcore_dot_v1_dot_operations__pb2.SetDrainRequest.FromString,
                     response_serializer=fedcore_dot_v1_dot_operations__pb2.DrainState.SerializeToString,
+            ),
+            'GetSoftware': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSoftware,
+                    request_deserializer=fedcore_dot_v1_dot_operations__pb2.GetSoftwareRequest.FromString,
+                    response_serializer=fedcore_dot_v1_dot_operations__pb2.GetSoftwareReply.SerializeToString,
+            ),
+            'WatchEvents': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchEvents,
+                    request_deserializer=fedcore_dot_v1_dot_operations__pb2.WatchEventsRequest.FromString,
+                    response_serializer=fedcore_dot_v1_dot_operations__pb2.RunEvent.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +209,60 @@ class Operations:
             '/fedcore.v1.Operations/SetDrain',
             fedcore_dot_v1_dot_operations__pb2.SetDrainRequest.SerializeToString,
             fedcore_dot_v1_dot_operations__pb2.DrainState.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSoftware(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedcore.v1.Operations/GetSoftware',
+            fedcore_dot_v1_dot_operations__pb2.GetSoftwareRequest.SerializeToString,
+            fedcore_dot_v1_dot_operations__pb2.GetSoftwareReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/fedcore.v1.Operations/WatchEvents',
+            fedcore_dot_v1_dot_operations__pb2.WatchEventsRequest.SerializeToString,
+            fedcore_dot_v1_dot_operations__pb2.RunEvent.FromString,
             options,
             channel_credentials,
             insecure,

@@ -233,12 +233,16 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     async def Download(  # noqa: N802
         self, request: admin_pb2.DownloadRequest, context: Any
     ) -> AsyncIterator[tensor_pb2.ArtifactPart]:
-        """Stream a model of a finished round; its impressions, to those who may see them."""
+        """Stream a model of a finished round, or one that a run started from; impressions, to those who may see them."""
         note(f"artifact/{request.digest}", offset=request.offset)
         records = [record for view in self._driver.views() for record in view.state.records]
         purpose = ""
         if any(record.model == request.digest for record in records):
             purpose = "model"
+        elif request.digest and any(
+            view.state.plan.training.initial == request.digest for view in self._driver.views()
+        ):
+            purpose = "initial model"
         elif request.digest and any(record.impressions_digest == request.digest for record in records):
             purpose = "impressions"
             roles = roles_of_call()

@@ -1,7 +1,9 @@
-"""The coordinator's own commands on a real federation: health, drain."""
+"""Running a real federation: health, drain, what happened to a run and how it is kept."""
 
+import json
 import os
 import signal
+import subprocess
 
 import pytest
 
@@ -59,3 +61,52 @@ def test_a_stopped_compute_process_is_told(federation: Federation) -> None:
     finally:
         os.kill(pid, signal.SIGCONT)
     assert "SIGSTOP" in str(found["compute"]["says"])
+
+
+def test_a_run_is_told_exported_and_repeated_from_its_export(federation: Federation) -> None:
+    plan = federation.plan(digits_plan(rounds=2))
+    run = federation.ctl("run", "submit", str(plan), "--request-id", "night-7", "-o", "json").json["run"]
+    assert federation.wait(run).state == "DONE"
+    again = federation.ctl("run", "submit", str(plan), "--request-id", "night-7", "-o", "json").json["run"]
+    assert again == run, "a script that tries again gets the same run"
+    other = federation.plan(digits_plan(rounds=3))
+    refused = federation.ctl("run", "submit", str(other), "--request-id", "night-7", expect=7)
+    assert "has another plan" in refused.err
+
+    lines = federation.ctl("run", "logs", run, "--follow").out.splitlines()
+    assert len(lines) == 1 + len(federation.journal(run))
+    assert "run: submitted by admin: 2 rounds of fedavg" in lines[0]
+    assert any("round 1 clinic-a: update is stored: " in line for line in lines)
+    assert lines[-1].endswith("run: DONE: 2 rounds finished")
+    later = federation.ctl("run", "logs", run, "--since", "1ms", "-o", "json").json["events"]
+    assert [event["kind"] for event in later] == ["run_finished"], (
+        "how it ended is told whatever was asked for"
+    )
+
+    out = federation.root / "export"
+    made = federation.ctl("run", "export", run, "--out", str(out), "-o", "json").json
+    assert made["complete"]
+    names = set(made["files"])
+    assert {"plan.toml", "run.json", "rounds.jsonl", "events.jsonl", "software.json", "report.html"} <= names
+    for which in ("best_round", "last_round"):
+        card = json.loads((out / f"model-round-{made[which]}.json").read_text())
+        assert card["digest"] == made["files"][f"model-round-{made[which]}.safetensors"]
+    assert subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=out, check=False).returncode == 0
+    software = json.loads((out / "software.json").read_text())
+    assert {"torch", "numpy"} <= set(software["coordinator"]["packages"])
+    assert set(software["sites"]) >= set(SITES)
+
+    model = out / f"model-round-{made['last_round']}.safetensors"
+    whole, written = model.read_bytes(), model.stat().st_mtime_ns
+    (out / "rounds.jsonl").unlink()
+    federation.ctl("run", "export", run, "--out", str(out))
+    assert (out / "rounds.jsonl").exists()
+    assert model.stat().st_mtime_ns == written, "what is there is not fetched again"
+    model.write_bytes(whole[:-1])
+    federation.ctl("run", "export", run, "--out", str(out))
+    assert model.read_bytes() == whole
+
+    repeated = federation.ctl("run", "submit", str(out / "plan.toml"), "-o", "json").json["run"]
+    assert federation.wait(repeated).state == "DONE"
+    digests = [[record["model"] for record in federation.rounds(one)] for one in (run, repeated)]
+    assert digests[0] == digests[1], "the same plan on the same threads gives the same bytes"
