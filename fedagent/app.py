@@ -15,6 +15,7 @@ from fedagent.driver import AgentDriver
 from fedagent.gate import SiteGate
 from fedagent.policy import SitePolicy, load_policy
 from fedagent.renewal import Renewal
+from fedagent.shared_log import LogRing, SharedLog
 from fedagent.status_file import StatusBoard
 from fedagent.tasks import Tasks
 from fedagent.throttle import throttle_of
@@ -40,9 +41,10 @@ def run(home: Path, data: Path | None, lifeline: int | None) -> int:
         raise ConfigError(f"{home} is not enrolled", hint="run `fedagent enroll` first")
     config = load_agent_config(places, data)
     policy = load_policy(places.policy)
-    configure_logs(config.log_level)
+    ring = LogRing()
+    configure_logs(config.log_level, keep=ring)
     with HomeLock(places.lock):
-        return asyncio.run(_serve(places, config, policy, lifeline))
+        return asyncio.run(_serve(places, config, policy, SharedLog(ring, policy), lifeline))
 
 
 def load_agent_config(places: AgentHome, data: Path | None) -> AgentConfig:
@@ -53,7 +55,9 @@ def load_agent_config(places: AgentHome, data: Path | None) -> AgentConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"path": str(data.resolve())})})
 
 
-async def _serve(places: AgentHome, config: AgentConfig, policy: SitePolicy, lifeline: int | None) -> int:
+async def _serve(
+    places: AgentHome, config: AgentConfig, policy: SitePolicy, shared_log: SharedLog, lifeline: int | None
+) -> int:
     stop = asyncio.Event()
     stop_on_signals(stop.set, lifeline)
     site = load_credential(places.credential, datetime.now(UTC), allow_expired=True).subject.id
@@ -72,6 +76,7 @@ async def _serve(places: AgentHome, config: AgentConfig, policy: SitePolicy, lif
         gate=SiteGate(places.paused, policy),
         board=StatusBoard(places.status, site, manager.status),
         audit=audit,
+        shared_log=shared_log,
     )
     transfers = Transfers(site, store, driver.stub, throttle_of(policy.bandwidth_mbit_s), audit=audit)
     tasks = Tasks(site, places, config, compute, store, transfers, driver.send, policy)

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import structlog
 
-from fedcore.audit import Fact, Value
+from fedcore.audit import OK, Fact, Value
 from fedcore.audit_heads import head_from_proto, head_to_proto
 from fedcore.audit_store import AUDIT_SCHEMA, AuditLog
 from fedcore.database import Database, open_database
+from fedcore.text import printable
 from fedcore.v1 import federation_pb2
 
 # The other side, under the name by which its log is known here.
@@ -102,6 +103,16 @@ class SiteAudit:
         purpose = Purpose("evaluation figures", report.run, report.round)
         digest = hashlib.sha256(body).hexdigest()
         await self.event("figures.send", f"figures/{digest}", bytes=len(body), **purpose.detail)
+
+    async def log_lines(self, lines: federation_pb2.LogLines) -> None:
+        """Record lines of this agent's log that are about to leave, or that they were refused."""
+        body = lines.SerializeToString(deterministic=True)
+        detail: dict[str, Value] = {
+            "bytes": len(body), "lines": len(lines.lines), "asked_by": printable(lines.asked_by, 100),
+        }  # fmt: skip
+        digest = hashlib.sha256(body).hexdigest()
+        result = "refused" if lines.refusal else OK
+        await self.log.record(Fact("log.send", _AGENT, object=f"log/{digest}", result=result, detail=detail))
 
     async def sending(self, digest: str, total_bytes: int, offset: int, purpose: Purpose) -> None:
         """Record an artifact that is about to leave, from an offset."""

@@ -15,6 +15,7 @@ from fedagent import agent_machine as machine
 from fedagent.agent_machine import AgentState, Begin, Task, Withdraw
 from fedagent.audit import ControlBytes, SiteAudit
 from fedagent.gate import SiteGate
+from fedagent.shared_log import SharedLog
 from fedagent.status_file import StatusBoard
 from fedagent.tasks import Tasks
 from fedcore.errors import FedimpresError, UnreachableError
@@ -51,6 +52,7 @@ class AgentDriver:
         board: StatusBoard | None = None,
         *,
         audit: SiteAudit,
+        shared_log: SharedLog | None = None,
     ) -> None:
         self._site = site
         self._open_channel = open_channel
@@ -59,6 +61,7 @@ class AgentDriver:
         self._gate = gate
         self._board = board
         self._audit = audit
+        self._shared_log = shared_log
         self._tasks: Tasks | None = None
         self._found = federation_pb2.Capabilities()
         self._refusal = ""
@@ -110,13 +113,14 @@ class AgentDriver:
             while True:
                 began = loop.time()
                 self._renewed.clear()  # the channel opened now reads the newest credential
+                failure: FedimpresError
                 try:
                     await self._connect_once()
-                    reason = "the coordinator ended the stream"
+                    failure = UnreachableError("the coordinator ended the stream")
                 except grpc.RpcError as error:
-                    reason = str(from_rpc_error(error, "coordinator"))
+                    failure = from_rpc_error(error, "coordinator")
                 except FedimpresError as error:
-                    reason = str(error)
+                    failure = error
                 if self._renewed.is_set():
                     log.info("connecting with the renewed certificate", site=self._site)
                     backoff_s = _FIRST_BACKOFF_S
@@ -124,8 +128,14 @@ class AgentDriver:
                 if loop.time() - began > _STEADY_AFTER_S:
                     backoff_s = _FIRST_BACKOFF_S
                 wait_s = backoff_s * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
-                log.warning("not connected", site=self._site, reason=reason, again_in_s=round(wait_s, 1))
-                self._show(trouble=reason)
+                log.warning(
+                    "not connected",
+                    site=self._site,
+                    code=failure.code,
+                    reason=str(failure),
+                    again_in_s=round(wait_s, 1),
+                )
+                self._show(trouble=str(failure))
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._renewed.wait(), wait_s)
                 backoff_s = min(2 * backoff_s, self._max_backoff_s)
@@ -189,8 +199,11 @@ class AgentDriver:
                 message = await asyncio.wait_for(outbox.get(), heartbeat_s)
             except TimeoutError:
                 message = federation_pb2.AgentMessage(heartbeat=federation_pb2.Heartbeat())
-            if message.WhichOneof("message") == "evaluation":
-                await self._audit.figures(message.evaluation)
+            match message.WhichOneof("message"):
+                case "evaluation":
+                    await self._audit.figures(message.evaluation)
+                case "log_lines":
+                    await self._audit.log_lines(message.log_lines)
             told.add(message.ByteSize())
             yield message
 
@@ -205,6 +218,10 @@ class AgentDriver:
                 self._step(*machine.stopped(self._state, directive.stop.run))
             case "ping":
                 self.send(federation_pb2.AgentMessage(pong=federation_pb2.Pong(nonce=directive.ping.nonce)))
+            case "read_log" if self._shared_log is not None:
+                log.info("asked for the last lines of this log", asked_by=directive.read_log.asked_by)
+                answer = self._shared_log.answer(directive.read_log)
+                self.send(federation_pb2.AgentMessage(log_lines=answer))
             case "renew_certificate":
                 log.info("asked to renew the certificate", site=self._site)
                 self._on_renewal_asked()
@@ -277,6 +294,7 @@ class AgentDriver:
         """What the coordinator is told: what was found here, and that no work is taken if none is."""
         said = federation_pb2.Capabilities()
         said.CopyFrom(self._found)
+        said.knows_read_log = self._shared_log is not None
         said.unavailable_reason = wire_text(self._refusal, 1000) or self._found.unavailable_reason
         return said
 

@@ -1,8 +1,8 @@
 """policy.toml: what this site allows, whatever the coordinator asks for. Pure decisions with a reason in words.
 
 The agent holds to it before any task starts, and the coordinator has no way round it: it hears the reason and goes on
-without this site. Without the file everything is allowed that is installed here. A file that is wrong keeps the agent
-from starting: a rule that was misspelt must not become a permission.
+without this site. Without the file everything is allowed that is installed here, and no log is shared. A file that is
+wrong keeps the agent from starting: a rule that was misspelt must not become a permission.
 """
 
 from datetime import datetime, time, timedelta
@@ -67,7 +67,7 @@ class WorkingHours(ConfigSection):
 
 
 class SitePolicy(ConfigSection):
-    """policy.toml. A key that is absent forbids nothing."""
+    """policy.toml. A key that is absent forbids nothing, but for `share_logs`."""
 
     # Names as in a plan. `objectives` are the local halves of strategies: what really runs here.
     models: tuple[Entry, ...] | None = None
@@ -82,6 +82,8 @@ class SitePolicy(ConfigSection):
     working_hours: WorkingHours | None = None
     # Both directions together, 10^6 bits a second.
     bandwidth_mbit_s: PositiveFloat | None = None
+    # Whether operators may read the last lines of the agent's own log (fedagent.shared_log).
+    share_logs: bool = False
 
 
 def load_policy(path: Path) -> SitePolicy:
@@ -143,6 +145,7 @@ def policy_lines(policy: SitePolicy) -> list[str]:
         "impressions": "received" if policy.receive_impressions else "not received",
         "working hours": str(policy.working_hours or "always"),
         "bandwidth": limit(policy.bandwidth_mbit_s, "Mbit/s"),
+        "agent's log": "shared with operators" if policy.share_logs else "not shared",
     }
     return [f"{name:16} {said}" for name, said in rules.items()]
 

@@ -16,7 +16,7 @@ import structlog
 from fedcore import tls as _tls  # noqa: F401 - before grpc
 from fedcore.channel import open_enrollment_channel
 from fedcore.credential import Credential, accept_renewal, join_address, load_credential, split_address
-from fedcore.errors import FedimpresError, IdentityError
+from fedcore.errors import FedimpresError, IdentityError, code_of
 from fedcore.pki import certificates_to_pem, key_from_pem, make_request, new_key, serial_text
 from fedcore.renewal import ended_statement, renew_at, retry_s, sign_statement
 from fedcore.status import from_rpc_error
@@ -64,7 +64,7 @@ class Renewal:
             try:
                 credential = load_credential(self._folder, self._clock(), allow_expired=True)
             except FedimpresError as error:
-                log.error("the site's credential can't be read", error=str(error))
+                log.error("the site's credential can't be read", code=error.code, error=str(error))
                 await asyncio.sleep(_LONGEST_SLEEP_S)
                 continue
             wait_s = (renew_at(credential.certificate) - self._clock()).total_seconds()
@@ -89,6 +89,7 @@ class Renewal:
         log.warning(
             "the site's certificate can't be renewed yet",
             until=credential.certificate.not_valid_after_utc.isoformat(),
+            code=code_of(failure),
             error=str(failure),
             again_in_s=round(retry_s(credential.certificate), 1),
         )

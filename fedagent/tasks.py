@@ -23,6 +23,7 @@ from fedcore.errors import (
     PermissionDeniedError,
     ProtocolError,
     StorageError,
+    code_of,
 )
 from fedcore.impression_check import ImpressionCheck
 from fedcore.text import wire_text
@@ -71,7 +72,7 @@ class Tasks:
         try:
             found = await self._compute.run("describe", args)
         except FedimpresError as error:
-            log.error("this site can take no work", error=str(error))
+            log.error("this site can take no work", code=error.code, error=str(error))
             return federation_pb2.Capabilities(unavailable_reason=wire_text(str(error), 1000))
         return federation_pb2.Capabilities(
             models=found["models"],
@@ -101,7 +102,12 @@ class Tasks:
                     self._drop(task)
                     if attempt == _TRAIN_ATTEMPTS:
                         raise
-                    log.warning("update was damaged, training again", run=task.run, error=error.message)
+                    log.warning(
+                        "update was damaged, training again",
+                        run=task.run,
+                        code=error.code,
+                        error=error.message,
+                    )
         except (FedimpresError, OSError) as error:
             self._drop(task)
             self._failed(task.run, task.round, error, evaluating=False)
@@ -252,7 +258,14 @@ class Tasks:
     def _failed(
         self, run: str, round_number: int, error: FedimpresError | OSError, *, evaluating: bool
     ) -> None:
-        log.error("task failed", run=run, round=round_number, evaluating=evaluating, error=str(error))
+        log.error(
+            "task failed",
+            run=run,
+            round=round_number,
+            evaluating=evaluating,
+            code=code_of(error),
+            error=str(error),
+        )
         failed = federation_pb2.TaskFailed(
             run=run, round=round_number, reason=wire_text(str(error), 2000), evaluating=evaluating
         )
@@ -292,8 +305,12 @@ def _log_check(run: str, round_number: int, found: dict[str, Any] | None) -> Non
         return
     check = ImpressionCheck.model_validate(found)
     if check.num_refused:
-        what = "impressions refused" if check.num_trained else "all impressions refused, trained without any"
-        log.warning(what, run=run, round=round_number, reason=check.reason)
+        log.warning(
+            "impressions refused" if check.num_trained else "all impressions refused, trained without any",
+            run=run,
+            round=round_number,
+            reason=check.reason,
+        )
     else:
         log.info("impressions checked", run=run, round=round_number, number=check.num_checked)
 

@@ -117,7 +117,12 @@ class Transfers:
             if not passing:
                 raise failure
             log.info(
-                f"{what} was cut, trying again", site=self._site, error=failure.message, in_s=round(delay, 1)
+                "transfer was cut, trying again",
+                kind=what,
+                site=self._site,
+                code=failure.code,
+                error=failure.message,
+                in_s=round(delay, 1),
             )
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
             delay = min(2 * delay, _BACKOFF_S[1])

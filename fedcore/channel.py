@@ -96,6 +96,13 @@ CALLS: dict[str, CallPolicy] = {
     "/fedcore.v1.Admin/ListModels": CallPolicy(30.0, idempotent=True),
     "/fedcore.v1.Admin/Download": _TRANSFER,
     "/fedcore.v1.Admin/UploadModel": _TRANSFER,
+    # A standing is asked for again without effect; a question to an agent is bounded by the coordinator (8 s).
+    "/fedcore.v1.Sites/EnableSite": _QUICK,
+    "/fedcore.v1.Sites/DrainSite": _QUICK,
+    "/fedcore.v1.Sites/DisableSite": _QUICK,
+    "/fedcore.v1.Sites/RemoveSite": _QUICK,
+    "/fedcore.v1.Sites/PingSite": CallPolicy(15.0),
+    "/fedcore.v1.Sites/ReadSiteLog": CallPolicy(15.0),
     "/fedcore.v1.Audit/ReadAudit": _WATCH,
     # It writes to the database, and waits for that.
     "/fedcore.v1.Operations/GetHealth": CallPolicy(30.0, idempotent=True),

@@ -197,6 +197,11 @@ class InternalError(FedimpresError):
     code = "internal"
 
 
+def code_of(error: BaseException) -> str:
+    """The code of an error of ours, the class of another: what may be told where the message may not."""
+    return error.code if isinstance(error, FedimpresError) else type(error).__name__
+
+
 def all_error_classes() -> list[type[FedimpresError]]:
     """Every exception class below FedimpresError, itself first."""
     found: list[type[FedimpresError]] = [FedimpresError]

@@ -9,9 +9,11 @@ import structlog
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
-def configure_logs(level: str = "info", stream: TextIO | None = None) -> None:
+def configure_logs(
+    level: str = "info", stream: TextIO | None = None, keep: structlog.typing.Processor | None = None
+) -> None:
     """Send structlog's events, and warnings of libraries that use `logging`, to `stream` (stderr if not
-    given).
+    given); structlog's go through `keep` as well.
 
     Every event has `at` (RFC 3339, UTC) and `level`. Call once, at the start of a program.
     """
@@ -28,7 +30,7 @@ def configure_logs(level: str = "info", stream: TextIO | None = None) -> None:
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
     )
     structlog.configure(
-        processors=[*shared, *ending],
+        processors=[*shared, *([keep] if keep is not None else []), *ending],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
         logger_factory=structlog.PrintLoggerFactory(out),
         cache_logger_on_first_use=False,

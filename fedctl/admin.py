@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fedcore.v1.audit_pb2_grpc import AuditStub
     from fedcore.v1.certificates_pb2_grpc import CertificatesStub
     from fedcore.v1.operations_pb2_grpc import OperationsStub
+    from fedcore.v1.sites_pb2_grpc import SitesStub
 
 RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")
@@ -57,6 +58,17 @@ class Admin:
 
         assert self._channel is not None, "opened by open_credential"
         return AccessStub(self._channel)
+
+    @property
+    def sites(self) -> "SitesStub":
+        """The Sites service of the same connection."""
+        from fedcore import tls as _tls  # noqa: F401 - before grpc
+
+        # isort: split
+        from fedcore.v1.sites_pb2_grpc import SitesStub
+
+        assert self._channel is not None, "opened by open_credential"
+        return SitesStub(self._channel)
 
     @property
     def audit(self) -> "AuditStub":

@@ -1,6 +1,5 @@
 """fedctl cert: the federation's certificates and their CA."""
 
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +8,7 @@ import typer
 
 from fedcore.errors import ConfigError, NotFoundError
 from fedctl.admin import Admin, open_admin, open_credential
+from fedctl.asking import YesOption, agree, check_can_ask
 from fedctl.contexts import load_contexts
 from fedctl.invocation import Invocation
 from fedctl.render import Column, Output, OutputOption, note, print_object, print_rows
@@ -74,7 +74,7 @@ def revoke(
     site: SiteOption = "",
     operator: OperatorOption = "",
     reason: Annotated[str, typer.Option("--reason", help="Why; the owner reads it.")] = "",
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask; needed off a terminal.")] = False,
+    yes: YesOption = False,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """End certificates for good: calls with them are refused, open streams end within a second.
@@ -85,8 +85,7 @@ def revoke(
 
     if sum(map(bool, (serial, site, operator))) != 1:
         raise ConfigError("`cert revoke` needs one of SERIAL, --site and --operator")
-    if not yes and not sys.stdin.isatty():
-        raise ConfigError("`cert revoke` can't ask for confirmation off a terminal", hint="add --yes")
+    check_can_ask("cert revoke", yes=yes)
     role, subject = _owner(site, operator)
     with open_admin(ctx) as admin:
         if serial:
@@ -94,9 +93,7 @@ def revoke(
             serial, what = found.serial, f"{found.serial} of {_owner_text(found)}"
         else:
             what = f"every certificate of {role} {subject}"
-        if not yes and not typer.confirm(f"Revoke {what}?", err=True):
-            note("nothing done")
-            raise typer.Exit(1)
+        agree(f"Revoke {what}?", yes=yes)
         request = certificates_pb2.RevokeCertificatesRequest(
             serial=serial, role=role, subject=subject, reason=reason
         )
@@ -138,7 +135,7 @@ def rotate_authority(
     force: Annotated[
         bool, typer.Option("--force", help="With --finish: lock out the members that have not renewed.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask; needed off a terminal.")] = False,
+    yes: YesOption = False,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Move the federation to a new root and issuing CA: old and new are both trusted until --finish drops the old.
@@ -149,12 +146,8 @@ def rotate_authority(
 
     if force and not finish:
         raise ConfigError("--force goes with --finish only")
-    if not yes and not sys.stdin.isatty():
-        raise ConfigError("`cert ca rotate` can't ask for confirmation off a terminal", hint="add --yes")
-    question = "Drop the old CA?" if finish else "Move this federation to a new root and issuing CA?"
-    if not yes and not typer.confirm(question, err=True):
-        note("nothing done")
-        raise typer.Exit(1)
+    check_can_ask("cert ca rotate", yes=yes)
+    agree("Drop the old CA?" if finish else "Move this federation to a new root and issuing CA?", yes=yes)
     with open_admin(ctx) as admin:
         request = certificates_pb2.RotateAuthorityRequest(finish=finish, force=force)
         reply = admin.call(lambda _: admin.certificates.RotateAuthority, request)

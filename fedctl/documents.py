@@ -55,6 +55,11 @@ def site_document(site: "admin_pb2.Site") -> dict[str, Any]:
         "site": site.id,
         "connected": site.connected,
         "enabled": site.enabled,
+        # A coordinator of an earlier version says no more than whether it is enabled.
+        "standing": site.standing or ("enabled" if site.enabled else "disabled"),
+        "standing_since": site.standing_since or None,
+        "standing_by": site.standing_by or None,
+        "standing_reason": site.standing_reason or None,
         "activity": site.activity,
         "unavailable_reason": site.unavailable_reason,
         "last_seen": site.last_seen or None,

@@ -1,6 +1,5 @@
 """fedctl run: submit runs, look at them, steer them."""
 
-import sys
 import uuid
 from collections import deque
 from pathlib import Path
@@ -8,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedcore.errors import ConfigError, PlanError
+from fedcore.errors import PlanError
 from fedctl import run_export, run_logs
 from fedctl.admin import Admin, get_run, list_records, open_admin
+from fedctl.asking import YesOption, agree, check_can_ask
 from fedctl.completion import RunArgument
 from fedctl.documents import plan_document, run_document
 from fedctl.durations import format_bytes, format_duration, parse_duration
@@ -132,20 +132,17 @@ def abort(
     ctx: typer.Context,
     run: RunArgument,
     reason: ReasonOption = "",
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask; needed off a terminal.")] = False,
+    yes: YesOption = False,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """End a run for good; what is under way is given up, finished rounds stay."""
-    if not yes and not sys.stdin.isatty():
-        raise ConfigError("`run abort` can't ask for confirmation off a terminal", hint="add --yes")
+    check_can_ask("run abort", yes=yes)
     with open_admin(ctx) as admin:
         message = get_run(admin, run)
-        if not yes and not typer.confirm(
+        agree(
             f"Abort run {message.run} ({message.name}), {message.round} of {message.rounds} rounds finished?",
-            err=True,
-        ):
-            note("nothing done")
-            raise typer.Exit(1)
+            yes=yes,
+        )
         message = admin.call(lambda stub: stub.AbortRun, _control(message.run, reason))
     _print_run(output, message)
 

@@ -34,6 +34,7 @@ from fedcore.v1 import (
     enrollment_pb2_grpc,
     federation_pb2_grpc,
     operations_pb2_grpc,
+    sites_pb2_grpc,
 )
 from fedcore.version import software_version
 from fedserver.audit_exchange import AuditExchange
@@ -62,6 +63,7 @@ from fedserver.services.enrollment import EnrollmentService
 from fedserver.services.federation import FederationService
 from fedserver.services.health import HealthService
 from fedserver.services.operations import OperationsService
+from fedserver.services.sites import SitesService
 from fedserver.strategies import makes_impressions
 from fedserver.tokens import Tokens
 from fedserver.turns import Turns
@@ -165,7 +167,14 @@ def _assemble(places: ServerHome, config: ServerConfig, database: Database) -> C
     own = OwnCertificate(places.credential, config.host, certificates)
     work = ComputeWork(compute, store, clock, config.compute.model_dump())
     driver = RoundDriver(
-        Journal(database), store, roster, work, clock, _expected_sites(registry), makes_impressions
+        Journal(database),
+        store,
+        roster,
+        work,
+        clock,
+        _expected_sites(registry),
+        makes_impressions,
+        registry.withheld,
     )
     health = HealthService()
     facts = HealthFacts(
@@ -260,6 +269,8 @@ async def _start_servers(
     admin_pb2_grpc.add_AdminServicer_to_server(admin, main)
     certificates_pb2_grpc.add_CertificatesServicer_to_server(certificates, main)
     access_pb2_grpc.add_AccessServicer_to_server(AccessService(parts.grants), main)
+    sites = SitesService(parts.registry, parts.roster, driver, parts.certificates, SystemClock())
+    sites_pb2_grpc.add_SitesServicer_to_server(sites, main)
     audit_pb2_grpc.add_AuditServicer_to_server(AuditService(parts.audit, parts.grants), main)
     operations = OperationsService(config, driver, Journal(database), parts.facts)
     operations_pb2_grpc.add_OperationsServicer_to_server(operations, main)
@@ -274,7 +285,16 @@ async def _start_servers(
         )
     await main.start()
     await enrolling.start()
-    for service in ("Federation", "Admin", "Certificates", "Access", "Audit", "Operations", "Enrollment"):
+    for service in (
+        "Federation",
+        "Admin",
+        "Certificates",
+        "Access",
+        "Audit",
+        "Operations",
+        "Sites",
+        "Enrollment",
+    ):
         parts.health.set(f"fedcore.v1.{service}", True)
     return main, enrolling
 

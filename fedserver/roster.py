@@ -2,13 +2,14 @@
 
 import asyncio
 import secrets
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from fedcore.clock import Clock
-from fedcore.errors import IdentityError, OverloadedError
+from fedcore.errors import FedimpresError, IdentityError, OverloadedError
 from fedcore.v1 import federation_pb2
-from fedserver.round_decisions import Presence
+from fedserver.round_decisions import Presence, Withheld
 from fedserver.round_machine import Evaluate, Train
 
 _QUEUE_DEPTH = 64
@@ -44,6 +45,10 @@ class Session:
     progress: SiteProgress = field(default_factory=SiteProgress)
     # Whether the agent knows if it has work: one that returns may still be busy with what nobody waits for.
     settled: bool = False
+    # Questions that wait for the agent's answer, by number (fedserver.questions).
+    asked: dict[int, asyncio.Future[federation_pb2.AgentMessage]] = field(default_factory=dict)
+    # Why the coordinator ended the stream, if it refused the site.
+    refusal: FedimpresError | None = None
 
     def send(self, directive: federation_pb2.Directive) -> bool:
         """Queue a directive; False if the agent reads too slowly to take it."""
@@ -53,8 +58,9 @@ class Session:
             return False
         return True
 
-    def end(self) -> None:
-        """End the stream, after what is queued if there is room, else at once."""
+    def end(self, refusal: FedimpresError | None = None) -> None:
+        """End the stream, after what is queued if there is room, else at once; with `refusal` as the reason."""
+        self.refusal = refusal or self.refusal
         while self.outbox.full():
             self.outbox.get_nowait()
         self.outbox.put_nowait(None)
@@ -113,6 +119,9 @@ class Roster:
         if self._sessions.get(session.site) is session:
             del self._sessions[session.site]
             self._left[session.site] = self._clock.monotonic()
+        for waiting in session.asked.values():
+            if not waiting.done():
+                waiting.set_result(federation_pb2.AgentMessage())
         self.touch(session)
 
     def touch(self, session: Session) -> None:
@@ -129,12 +138,17 @@ class Roster:
         """RFC 3339 time at which the site was last heard of since this coordinator started; empty if never."""
         return self._seen.get(site, "")
 
-    def presence(self, unable: dict[str, str]) -> dict[str, Presence]:
-        """Every site that is or was here; `unable` says why a connected site can't take part."""
+    def presence(self, unable: dict[str, str], withheld: Mapping[str, Withheld]) -> dict[str, Presence]:
+        """Every site that is or was here, and all that are `withheld`; `unable` says why a connected site can't take
+        part.
+        """
         result = {
             site: Presence(connected=False, unable="", since=at, last_progress=at)
             for site, at in self._left.items()
         }
         for site, session in self._sessions.items():
             result[site] = Presence(True, unable.get(site, ""), session.since, session.last_progress)
+        for site, why in withheld.items():
+            known = result.get(site) or Presence(connected=False, unable="", since=0.0, last_progress=0.0)
+            result[site] = replace(known, withheld=why)
         return result

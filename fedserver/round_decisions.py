@@ -3,6 +3,7 @@
 A decision is an event with its reason; it is journalled like any other fact, so replay needs no clock.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,14 @@ MAX_ATTEMPTS = 2
 
 
 @dataclass(frozen=True, slots=True)
+class Withheld:
+    """An operator gives a site no further work, and why; `at_once`: it is let go of what it has as well."""
+
+    reason: str
+    at_once: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Presence:
     """A site as the coordinator sees it. Times are seconds on a monotonic clock."""
 
@@ -26,6 +35,12 @@ class Presence:
     since: float
     # When its work was last seen to move.
     last_progress: float
+    withheld: Withheld | None = None
+
+    @property
+    def able(self) -> bool:
+        """Whether it can begin a round now."""
+        return self.connected and not self.unable and self.withheld is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +106,7 @@ def _decide_opening(state: RunState, world: World) -> tuple[ev.Event, ...]:
     if world.held:
         return ()
     expected = sites_of_round(plan, state.sites, number)
-    here = tuple(s for s in expected if (p := world.sites.get(s)) and p.connected and not p.unable)
+    here = tuple(s for s in expected if (p := world.sites.get(s)) and p.able)
     reported = state.current.reported if state.current is not None else {}
     absent = [s for s in expected if s not in here and s not in reported]
     waited = world.now - world.stage_since
@@ -125,8 +140,13 @@ def _decide_opening(state: RunState, world: World) -> tuple[ev.Event, ...]:
 
 
 def _absent_for(site: str, world: World) -> float:
-    """Seconds since the site went, or since the coordinator began to wait for one it has never seen."""
+    """Seconds since the site went, or since the coordinator began to wait for one it has never seen.
+
+    Nobody waits for a site that an operator withholds.
+    """
     presence = world.sites.get(site)
+    if presence is not None and presence.withheld is not None:
+        return math.inf
     return world.now - (presence.since if presence is not None else world.stage_since)
 
 
@@ -136,6 +156,8 @@ def _why_absent(absent: list[str], world: World) -> str:
 
 def _why(site: str, world: World) -> str:
     presence = world.sites.get(site)
+    if presence is not None and presence.withheld is not None:
+        return presence.withheld.reason
     if presence is None or not presence.connected:
         return "not connected"
     return presence.unable
@@ -147,7 +169,7 @@ def waiting_for(state: RunState, world: World) -> str:
         if world.held:
             return world.held
         expected = sites_of_round(state.plan, state.sites, state.finished + 1)
-        absent = [s for s in expected if not ((p := world.sites.get(s)) and p.connected and not p.unable)]
+        absent = [s for s in expected if not ((p := world.sites.get(s)) and p.able)]
         waited = world.now - world.stage_since
         return f"waiting {waited:.0f} s for {_why_absent(absent, world)}" if absent else ""
     current = state.current
@@ -162,6 +184,8 @@ def _lost(site: str, state: RunState, world: World) -> str:
     """Why a site at work should be let go; empty if it should not."""
     stall = state.plan.limits.stall_timeout_s
     presence = world.sites.get(site)
+    if presence is not None and presence.withheld is not None and presence.withheld.at_once:
+        return presence.withheld.reason
     if presence is None or not presence.connected:
         gone = max(presence.since if presence is not None else world.stage_since, world.stage_since)
         return f"no connection for {world.now - gone:.0f} s" if world.now - gone > stall else ""

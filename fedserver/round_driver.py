@@ -8,7 +8,7 @@ crash could undo.
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from fedserver.drain import Drain
 from fedserver.journal import Journal, Submission
 from fedserver.retention import sweep
 from fedserver.roster import Assignment, Roster, Session
-from fedserver.round_decisions import World, decide, waiting_for
+from fedserver.round_decisions import Withheld, World, decide, waiting_for
 from fedserver.round_machine import Evaluate, Train, apply, work
 from fedserver.round_state import RunState, Stage, Status, needed, superseded
 from fedserver.suitability import unable_reason
@@ -76,6 +76,7 @@ class RoundDriver:
         clock: Clock,
         sites_to_expect: Callable[[Plan], tuple[str, ...]],
         synthesises: Callable[[Plan], bool],
+        withheld: Callable[[], Mapping[str, Withheld]],
     ) -> None:
         self._journal = journal
         self._store = store
@@ -84,6 +85,7 @@ class RoundDriver:
         self._clock = clock
         self._sites_to_expect = sites_to_expect
         self._synthesises = synthesises
+        self._withheld = withheld
         self._views: dict[str, RunView] = {}
         self._mailbox: asyncio.Queue[_Posted | None] = asyncio.Queue()
         self._computing: dict[ComputeCommand, asyncio.Task[None]] = {}
@@ -322,7 +324,7 @@ class RoundDriver:
             now=self._clock.monotonic(),
             wall=self._clock.wall(),
             stage_since=view.stage_since,
-            sites=self._roster.presence(unable),
+            sites=self._roster.presence(unable, self._withheld()),
             bytes_down=self._bytes_down,
             held=self._drain.says if self._drain is not None else "",
         )

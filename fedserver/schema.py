@@ -77,4 +77,14 @@ MIGRATIONS: tuple[str, ...] = (
         FROM certificates c JOIN (SELECT 'owner' AS role UNION SELECT 'operator') r
         WHERE c.role = 'operator';
     """,
+    # What operators decided about each site; it takes the place of `enabled`.
+    """
+    ALTER TABLE sites ADD COLUMN standing TEXT NOT NULL DEFAULT 'enabled'
+        CHECK (standing IN ('enabled', 'draining', 'disabled', 'removed'));
+    ALTER TABLE sites ADD COLUMN standing_since TEXT NOT NULL DEFAULT '';
+    ALTER TABLE sites ADD COLUMN standing_by TEXT NOT NULL DEFAULT '';
+    ALTER TABLE sites ADD COLUMN standing_reason TEXT NOT NULL DEFAULT '';
+    UPDATE sites SET standing = 'disabled' WHERE enabled = 0;
+    ALTER TABLE sites DROP COLUMN enabled;
+    """,
 )

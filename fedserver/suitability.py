@@ -26,6 +26,7 @@ def checked_capabilities(said: federation_pb2.Capabilities) -> federation_pb2.Ca
         class_names=_names(said.class_names, _MAX_CLASSES),
         num_examples=max(0, said.num_examples),
         unavailable_reason=printable(said.unavailable_reason, _MAX_REASON),
+        knows_read_log=said.knows_read_log,
     )
 
 

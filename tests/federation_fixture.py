@@ -36,6 +36,8 @@ SITES = ("clinic-a", "clinic-b", "clinic-c", "clinic-d")
 BEHIND_PROXY = SITES[3]
 # Enrolled, with a credential of its own, but without an agent: tests speak for it.
 PROBE = "probe"
+# The site whose policy lets operators read its agent's log.
+SHARING = "clinic-d"
 
 
 def wait_until(condition: Callable[[], T], what: str, timeout_s: float = 60.0, every_s: float = 0.02) -> T:
@@ -470,6 +472,7 @@ def _build(made: Federation) -> None:
         )  # fmt: skip
         assert said.code == 0, said
     write_digits(made)
+    (made.site_home(SHARING) / "policy.toml").write_text("share_logs = true\n")
     for site in SITES:
         made.start_agent(site)
     made.wait_connected(*SITES)

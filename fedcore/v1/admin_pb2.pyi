@@ -186,16 +186,20 @@ class ListSitesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SITE_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
     site: _builtins.str
     """Only this site, if set."""
+    removed: _builtins.bool
+    """Also those that were removed."""
     def __init__(
         self,
         *,
         site: _builtins.str = ...,
+        removed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["site", b"site"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed", b"removed", "site", b"site"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -236,6 +240,10 @@ class Site(_message.Message):
     ACTIVITY_FIELD_NUMBER: _builtins.int
     UNAVAILABLE_REASON_FIELD_NUMBER: _builtins.int
     ENABLED_FIELD_NUMBER: _builtins.int
+    STANDING_FIELD_NUMBER: _builtins.int
+    STANDING_SINCE_FIELD_NUMBER: _builtins.int
+    STANDING_BY_FIELD_NUMBER: _builtins.int
+    STANDING_REASON_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     connected: _builtins.bool
     enrolled_at: _builtins.str
@@ -249,6 +257,12 @@ class Site(_message.Message):
     """What it does now, in words."""
     unavailable_reason: _builtins.str
     enabled: _builtins.bool
+    standing: _builtins.str
+    """"enabled", "draining" (finishes the work it has), "drained" (has none any more), "disabled" or "removed"."""
+    standing_since: _builtins.str
+    """Since when (RFC 3339), by whom and why; empty for a site that was always enabled."""
+    standing_by: _builtins.str
+    standing_reason: _builtins.str
     def __init__(
         self,
         *,
@@ -263,10 +277,14 @@ class Site(_message.Message):
         activity: _builtins.str = ...,
         unavailable_reason: _builtins.str = ...,
         enabled: _builtins.bool = ...,
+        standing: _builtins.str = ...,
+        standing_since: _builtins.str = ...,
+        standing_by: _builtins.str = ...,
+        standing_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "certificate_not_after", b"certificate_not_after", "connected", b"connected", "device", b"device", "enabled", b"enabled", "enrolled_at", b"enrolled_at", "id", b"id", "last_seen", b"last_seen", "num_examples", b"num_examples", "software_version", b"software_version", "unavailable_reason", b"unavailable_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "certificate_not_after", b"certificate_not_after", "connected", b"connected", "device", b"device", "enabled", b"enabled", "enrolled_at", b"enrolled_at", "id", b"id", "last_seen", b"last_seen", "num_examples", b"num_examples", "software_version", b"software_version", "standing", b"standing", "standing_by", b"standing_by", "standing_reason", b"standing_reason", "standing_since", b"standing_since", "unavailable_reason", b"unavailable_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

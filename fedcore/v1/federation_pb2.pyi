@@ -59,6 +59,7 @@ class Capabilities(_message.Message):
     CLASS_NAMES_FIELD_NUMBER: _builtins.int
     NUM_EXAMPLES_FIELD_NUMBER: _builtins.int
     UNAVAILABLE_REASON_FIELD_NUMBER: _builtins.int
+    KNOWS_READ_LOG_FIELD_NUMBER: _builtins.int
     software_version: _builtins.str
     device: _builtins.str
     """"cpu" or "cuda", and the device's own name."""
@@ -68,6 +69,8 @@ class Capabilities(_message.Message):
     """Training images at the site."""
     unavailable_reason: _builtins.str
     """Reason why this site takes no work now (its data can't be read, it is paused, ...); empty if it does."""
+    knows_read_log: _builtins.bool
+    """Whether the agent knows ReadLog; what its policy says of it is in the answer."""
     @_builtins.property
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the models, objectives and dataset readers installed at the site."""
@@ -93,10 +96,11 @@ class Capabilities(_message.Message):
         class_names: _abc.Iterable[_builtins.str] | None = ...,
         num_examples: _builtins.int = ...,
         unavailable_reason: _builtins.str = ...,
+        knows_read_log: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["class_names", b"class_names", "datasets", b"datasets", "device", b"device", "device_name", b"device_name", "models", b"models", "num_examples", b"num_examples", "objectives", b"objectives", "software_version", b"software_version", "threads", b"threads", "unavailable_reason", b"unavailable_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["class_names", b"class_names", "datasets", b"datasets", "device", b"device", "device_name", b"device_name", "knows_read_log", b"knows_read_log", "models", b"models", "num_examples", b"num_examples", "objectives", b"objectives", "software_version", b"software_version", "threads", b"threads", "unavailable_reason", b"unavailable_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -190,6 +194,7 @@ class AgentMessage(_message.Message):
     EVALUATION_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     PONG_FIELD_NUMBER: _builtins.int
+    LOG_LINES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def heartbeat(self) -> Global___Heartbeat: ...
     @_builtins.property
@@ -204,6 +209,8 @@ class AgentMessage(_message.Message):
     def capabilities(self) -> Global___Capabilities: ...
     @_builtins.property
     def pong(self) -> Global___Pong: ...
+    @_builtins.property
+    def log_lines(self) -> Global___LogLines: ...
     def __init__(
         self,
         *,
@@ -214,12 +221,13 @@ class AgentMessage(_message.Message):
         evaluation: Global___EvaluationReport | None = ...,
         capabilities: Global___Capabilities | None = ...,
         pong: Global___Pong | None = ...,
+        log_lines: Global___LogLines | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "evaluation", b"evaluation", "failed", b"failed", "heartbeat", b"heartbeat", "message", b"message", "pong", b"pong", "progress", b"progress", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "evaluation", b"evaluation", "failed", b"failed", "heartbeat", b"heartbeat", "log_lines", b"log_lines", "message", b"message", "pong", b"pong", "progress", b"progress", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "evaluation", b"evaluation", "failed", b"failed", "heartbeat", b"heartbeat", "message", b"message", "pong", b"pong", "progress", b"progress", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "evaluation", b"evaluation", "failed", b"failed", "heartbeat", b"heartbeat", "log_lines", b"log_lines", "message", b"message", "pong", b"pong", "progress", b"progress", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["heartbeat", "started", "progress", "failed", "evaluation", "capabilities", "pong"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["heartbeat", "started", "progress", "failed", "evaluation", "capabilities", "pong", "log_lines"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -258,6 +266,92 @@ class Pong(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Pong: _TypeAlias = Pong  # noqa: Y015
+
+@_typing.final
+class LogLines(_message.Message):
+    """The answer to ReadLog."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NONCE_FIELD_NUMBER: _builtins.int
+    LINES_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    ASKED_BY_FIELD_NUMBER: _builtins.int
+    nonce: _builtins.int
+    refusal: _builtins.str
+    """Why the site gives none; empty if it does."""
+    asked_by: _builtins.str
+    """As in the question."""
+    @_builtins.property
+    def lines(self) -> _containers.RepeatedCompositeFieldContainer[Global___LogLine]:
+        """The oldest first."""
+
+    def __init__(
+        self,
+        *,
+        nonce: _builtins.int = ...,
+        lines: _abc.Iterable[Global___LogLine] | None = ...,
+        refusal: _builtins.str = ...,
+        asked_by: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_by", b"asked_by", "lines", b"lines", "nonce", b"nonce", "refusal", b"refusal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogLines: _TypeAlias = LogLines  # noqa: Y015
+
+@_typing.final
+class LogLine(_message.Message):
+    """A line of the agent's own log: a fixed text and fields that are known to be harmless (fedagent.shared_log)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class FieldsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    AT_FIELD_NUMBER: _builtins.int
+    LEVEL_FIELD_NUMBER: _builtins.int
+    EVENT_FIELD_NUMBER: _builtins.int
+    FIELDS_FIELD_NUMBER: _builtins.int
+    at: _builtins.str
+    level: _builtins.str
+    event: _builtins.str
+    @_builtins.property
+    def fields(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        at: _builtins.str = ...,
+        level: _builtins.str = ...,
+        event: _builtins.str = ...,
+        fields: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "event", b"event", "fields", b"fields", "level", b"level"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogLine: _TypeAlias = LogLine  # noqa: Y015
 
 @_typing.final
 class TaskStarted(_message.Message):
@@ -426,6 +520,7 @@ class Directive(_message.Message):
     PING_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
     RENEW_CERTIFICATE_FIELD_NUMBER: _builtins.int
+    READ_LOG_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def train(self) -> Global___TrainTask: ...
     @_builtins.property
@@ -438,6 +533,8 @@ class Directive(_message.Message):
     def drain(self) -> Global___Drain: ...
     @_builtins.property
     def renew_certificate(self) -> Global___RenewCertificate: ...
+    @_builtins.property
+    def read_log(self) -> Global___ReadLog: ...
     def __init__(
         self,
         *,
@@ -447,12 +544,13 @@ class Directive(_message.Message):
         ping: Global___Ping | None = ...,
         drain: Global___Drain | None = ...,
         renew_certificate: Global___RenewCertificate | None = ...,
+        read_log: Global___ReadLog | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "drain", b"drain", "evaluate", b"evaluate", "ping", b"ping", "renew_certificate", b"renew_certificate", "stop", b"stop", "train", b"train"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "drain", b"drain", "evaluate", b"evaluate", "ping", b"ping", "read_log", b"read_log", "renew_certificate", b"renew_certificate", "stop", b"stop", "train", b"train"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "drain", b"drain", "evaluate", b"evaluate", "ping", b"ping", "renew_certificate", b"renew_certificate", "stop", b"stop", "train", b"train"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "drain", b"drain", "evaluate", b"evaluate", "ping", b"ping", "read_log", b"read_log", "renew_certificate", b"renew_certificate", "stop", b"stop", "train", b"train"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_directive: _TypeAlias = _typing.Literal["train", "evaluate", "stop", "ping", "drain", "renew_certificate"]  # noqa: Y015
+    _WhichOneofReturnType_directive: _TypeAlias = _typing.Literal["train", "evaluate", "stop", "ping", "drain", "renew_certificate", "read_log"]  # noqa: Y015
     _WhichOneofArgType_directive: _TypeAlias = _typing.Literal["directive", b"directive"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_directive) -> _WhichOneofReturnType_directive | None: ...
 
@@ -588,6 +686,34 @@ class Ping(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Ping: _TypeAlias = Ping  # noqa: Y015
+
+@_typing.final
+class ReadLog(_message.Message):
+    """An operator asks for the last lines of the agent's own log. The site's policy decides."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NONCE_FIELD_NUMBER: _builtins.int
+    LINES_FIELD_NUMBER: _builtins.int
+    ASKED_BY_FIELD_NUMBER: _builtins.int
+    nonce: _builtins.int
+    lines: _builtins.int
+    asked_by: _builtins.str
+    """Who asks (role/ID), for the site's audit log."""
+    def __init__(
+        self,
+        *,
+        nonce: _builtins.int = ...,
+        lines: _builtins.int = ...,
+        asked_by: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_by", b"asked_by", "lines", b"lines", "nonce", b"nonce"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadLog: _TypeAlias = ReadLog  # noqa: Y015
 
 @_typing.final
 class Drain(_message.Message):

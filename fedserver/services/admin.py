@@ -25,7 +25,8 @@ from fedserver.registry import Registry
 from fedserver.roster import Roster
 from fedserver.round_driver import RoundDriver, RunView
 from fedserver.round_state import Status
-from fedserver.run_messages import activity, model_message, run_message
+from fedserver.run_messages import model_message, run_message
+from fedserver.site_messages import site_message
 from fedserver.strategies import load_strategy
 from fedserver.tokens import Tokens
 from fedserver.turns import Turns
@@ -113,7 +114,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.ListSitesRequest, context: Any
     ) -> admin_pb2.ListSitesReply:
         """All sites, or the one asked for."""
-        sites = self._sites()
+        sites = self._sites(removed=request.removed or bool(request.site))
         if request.site:
             sites = [site for site in sites if site.id == request.site]
             if not sites:
@@ -129,12 +130,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         _check_submission(request)
         plan = parse_plan(request.plan_toml)
         load_strategy(plan)
-        known = {row.id for row in self._registry.sites()}
-        for site in plan.sites or ():
-            if site not in known:
-                raise PlanError(
-                    f"plan: site '{site}' is not enrolled", hint="`fedctl site list` shows all sites"
-                )
+        self._check_sites(plan.sites or ())
         initial = plan.training.initial
         if initial is not None:
             digest = request.initial_digest or self._best_model(initial)
@@ -280,6 +276,20 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                     size = read_manifest(self._store.path(record.model))[0].payload_bytes
                     yield f"{view.state.run}/{record.round}", model_message(view.state, record, size)
 
+    def _check_sites(self, named: tuple[str, ...]) -> None:
+        """Raise PlanError unless all sites that a plan names may be asked."""
+        known = {row.id: row for row in self._registry.sites()}
+        for site in named:
+            if site not in known:
+                raise PlanError(
+                    f"plan: site '{site}' is not enrolled", hint="`fedctl site list` shows all sites"
+                )
+            if not known[site].enabled:
+                raise PlanError(
+                    f"plan: site '{site}' is {known[site].decision}",
+                    hint=f"leave it out of 'sites', or let it in again: fedctl site enable {site}",
+                )
+
     def _best_model(self, run: str) -> str:
         state = self._driver.view(run).state
         if state.best is None:
@@ -289,26 +299,10 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     def _message(self, view: RunView) -> admin_pb2.Run:
         return run_message(view, self._roster, self._driver.waiting_for(view))
 
-    def _sites(self) -> list[admin_pb2.Site]:
-        sites = []
-        for row in self._registry.sites():
-            session = self._roster.sessions.get(row.id)
-            site = admin_pb2.Site(
-                id=row.id,
-                connected=session is not None,
-                enrolled_at=row.enrolled_at,
-                certificate_not_after=row.certificate_not_after,
-                last_seen=self._roster.last_seen(row.id) or row.last_seen,
-                activity=activity(session),
-                enabled=row.enabled,
-            )
-            if session is not None:
-                site.software_version = session.capabilities.software_version
-                site.device = session.capabilities.device_name or session.capabilities.device
-                site.num_examples = session.capabilities.num_examples
-                site.unavailable_reason = session.capabilities.unavailable_reason
-            sites.append(site)
-        return sites
+    def _sites(self, *, removed: bool = False) -> list[admin_pb2.Site]:
+        states = [view.state for view in self._driver.views()]
+        rows = self._registry.sites(removed=removed)
+        return [site_message(row, self._roster, states) for row in rows]
 
 
 def _check_submission(request: admin_pb2.SubmitRunRequest) -> None:

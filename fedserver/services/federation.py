@@ -30,6 +30,7 @@ from fedserver.deliveries import Deliveries
 from fedserver.directives import metrics_from_proto
 from fedserver.downloads import stream_artifact
 from fedserver.interceptors import caller_of
+from fedserver.questions import answered
 from fedserver.registry import Registry
 from fedserver.roster import Roster, Session, SiteProgress
 from fedserver.round_driver import RoundDriver
@@ -93,7 +94,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         self, request_iterator: AsyncIterator[federation_pb2.AgentMessage], context: Any
     ) -> AsyncIterator[federation_pb2.Directive]:
         """Send directives for as long as the agent is connected, taking in what it says of its work."""
-        site = caller_of(context).id
+        site = self._admitted(context)
         metadata = dict(context.invocation_metadata() or ())
         session = self._roster.open(site, str(metadata.get(SESSION_KEY, "")))
         log.info(
@@ -115,6 +116,8 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             self._roster.close(session)
             log.info("agent left", site=site, session=session.id)
             self._driver.nudge()
+        if session.refusal is not None:
+            raise session.refusal
 
     async def _read(self, session: Session, messages: AsyncIterator[federation_pb2.AgentMessage]) -> None:
         try:
@@ -160,6 +163,10 @@ class FederationService(federation_pb2_grpc.FederationServicer):
                 case "capabilities":
                     session.capabilities.CopyFrom(checked_capabilities(message.capabilities))
                     self._driver.nudge()
+                case "pong":
+                    answered(session, message.pong.nonce, message)
+                case "log_lines":
+                    answered(session, message.log_lines.nonce, message)
                 case _:
                     pass
         except (ConflictError, NotFoundError) as error:
@@ -185,7 +192,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         self, request: federation_pb2.FetchRequest, context: Any
     ) -> AsyncIterator[tensor_pb2.ArtifactPart]:
         """Stream a model, impressions or strategy's state that the site's present work needs."""
-        site = caller_of(context).id
+        site = self._admitted(context)
         note(f"artifact/{request.digest}", offset=request.offset)
         path = self._driver.readable_by(site, request.digest)
         sent = 0
@@ -200,16 +207,17 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         self, request: federation_pb2.DeliveryOffsetRequest, context: Any
     ) -> federation_pb2.DeliveryOffsetReply:
         """Say where a delivery goes on."""
-        return self._deliveries.offset(_own(request.key, context), request.key)
+        return self._deliveries.offset(_own(request.key, self._admitted(context)), request.key)
 
     async def Deliver(  # noqa: N802
         self, request_iterator: AsyncIterator[federation_pb2.DeliverPart], context: Any
     ) -> federation_pb2.DeliverReply:
         """Take an update in."""
+        caller = self._admitted(context)
         first = await anext(aiter(request_iterator), None)
         if first is None or first.WhichOneof("part") != "header":
-            raise ProtocolError(f"{caller_of(context).id}: a delivery must begin with a header")
-        site = _own(first.header.key, context)
+            raise ProtocolError(f"{caller}: a delivery must begin with a header")
+        site = _own(first.header.key, caller)
         key = first.header.key
         note(f"artifact/{key.digest}", run=key.run, round=key.round, offset=first.header.offset)
         outcome = await self._deliveries.receive(site, first.header, request_iterator)
@@ -219,10 +227,15 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         note(outcome=federation_pb2.DeliverReply.Outcome.Name(outcome))
         return federation_pb2.DeliverReply(outcome=outcome)
 
+    def _admitted(self, context: object) -> str:
+        """The calling site. Raises PermissionDeniedError while an operator keeps it out."""
+        site = caller_of(context).id
+        self._registry.check_admitted(site)
+        return site
 
-def _own(key: federation_pb2.DeliveryKey, context: object) -> str:
+
+def _own(key: federation_pb2.DeliveryKey, site: str) -> str:
     """The caller's site, if the key is its own. Raises PermissionDeniedError."""
-    site = caller_of(context).id
     if key.site != site:
         raise PermissionDeniedError(f"{site} may not deliver for {key.site[:80]!r}")
     return site

@@ -20,6 +20,7 @@ from fedcore.v1 import (
     enrollment_pb2,
     federation_pb2,
     operations_pb2,
+    sites_pb2,
     tensor_pb2,
 )
 from fedserver.audit_policy import ACTIONS, Recorded
@@ -48,6 +49,7 @@ FILES: list[FileDescriptor] = [
         enrollment_pb2,
         federation_pb2,
         operations_pb2,
+        sites_pb2,
         tensor_pb2,
         health_pb2,
     )
@@ -79,6 +81,8 @@ EXPECTED = {
     "fedcore.v1.Certificates/RevokeCertificates": {OPERATOR, OWNER},
     "fedcore.v1.Certificates/GetAuthority": READERS,
     "fedcore.v1.Certificates/RotateAuthority": {OWNER},
+    "fedcore.v1.Sites": {OPERATOR, OWNER},
+    "fedcore.v1.Sites/PingSite": READERS,
     "fedcore.v1.Audit": {AUDITOR, OWNER},
     "fedcore.v1.Operations": READERS,
     "fedcore.v1.Operations/SetDrain": {OPERATOR, OWNER},

@@ -8,6 +8,7 @@ from fedcore.clock import ManualClock
 from fedcore.errors import IdentityError, OverloadedError
 from fedcore.v1 import federation_pb2
 from fedserver.roster import Roster, Session
+from fedserver.round_decisions import Withheld
 
 ABLE = federation_pb2.Capabilities(device="cpu", num_examples=7)
 
@@ -40,11 +41,11 @@ def test_a_newer_stream_replaces_the_older_and_its_end_changes_nothing(
     assert roster.sessions == {"a": newer}
     roster.close(older)
     assert roster.sessions == {"a": newer}
-    presence = roster.presence({})["a"]
+    presence = roster.presence({}, {})["a"]
     assert (presence.connected, presence.since, presence.last_progress) == (True, 105.0, 105.0)
     clock.advance(1)
     roster.close(newer)
-    presence = roster.presence({})["a"]
+    presence = roster.presence({}, {})["a"]
     assert (presence.connected, presence.since) == (False, 106.0)
     assert roster.sessions == {}
 
@@ -75,7 +76,7 @@ def test_progress_and_ability(roster: Roster, clock: ManualClock) -> None:
     clock.advance(3)
     roster.progressed("a")
     roster.progressed("nobody")
-    presence = roster.presence({"a": "its data can't be read"})["a"]
+    presence = roster.presence({"a": "its data can't be read"}, {})["a"]
     assert (presence.last_progress, presence.since, presence.unable) == (
         103.0,
         100.0,
@@ -107,3 +108,13 @@ def test_the_end_of_a_session_wakes_its_reader(roster: Roster) -> None:
         assert await asyncio.wait_for(waiting, 1) is None
 
     asyncio.run(story())
+
+
+def test_sites_that_operators_withhold_are_told_wherever_they_are(roster: Roster) -> None:
+    connect(roster, "a")
+    why = Withheld("disabled by operator ann", at_once=True)
+    presence = roster.presence({}, {"a": why, "never-seen": why})
+    assert [(p.connected, p.withheld, p.able) for p in presence.values()] == [
+        (True, why, False), (False, why, False),
+    ]  # fmt: skip
+    assert roster.presence({}, {})["a"].able

@@ -22,6 +22,7 @@ from fedserver import round_events as ev
 from fedserver.compute_work import ComputeCommand, ComputeWork
 from fedserver.journal import Journal
 from fedserver.roster import Roster, Session
+from fedserver.round_decisions import Withheld
 from fedserver.round_driver import RoundDriver, is_training
 from fedserver.round_machine import Aggregate, Initialise
 from fedserver.round_state import RunState, Stage, Status
@@ -72,9 +73,10 @@ class World:
         self.store = ArtifactStore(root / "artifacts")
         self.roster = Roster(self.clock, 10)
         self.compute = SlowCompute()
+        self.withheld: dict[str, Withheld] = {}
         self.driver = RoundDriver(
             Journal(self.database), self.store, self.roster, cast(ComputeWork, self.compute), self.clock,
-            lambda plan: plan.sites or (), lambda plan: False,
+            lambda plan: plan.sites or (), lambda plan: False, lambda: self.withheld,
         )  # fmt: skip
 
     def artifact(self, value: bytes) -> str:

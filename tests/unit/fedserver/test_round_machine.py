@@ -12,7 +12,7 @@ from fedcore.errors import ConflictError
 from fedcore.plan import Plan, plan_from_json, validate_plan
 from fedserver import round_events as ev
 from fedserver.journal import replay
-from fedserver.round_decisions import Presence, World, decide, waiting_for
+from fedserver.round_decisions import Presence, Withheld, World, decide, waiting_for
 from fedserver.round_machine import (
     Aggregate,
     Evaluate,
@@ -424,6 +424,68 @@ def test_a_start_is_acknowledged_once_and_only_by_sites_at_work() -> None:
     story.tell(ev.SiteLetGo(at=1, round=1, site="b", reason="x"))
     with pytest.raises(ConflictError):
         apply(story.state, ev.TaskStarted(at=1, round=1, site="b"))
+
+
+DISABLED = Withheld("disabled by operator ann: MRI upgrade", at_once=True)
+DRAINING = Withheld("draining by operator ann", at_once=False)
+
+
+def with_withheld(why: Withheld, *, connected: bool = True) -> dict[str, Presence]:
+    return {**here("ab"), "c": Presence(connected, "", 0.0, 0.0, why)}
+
+
+def test_a_disabled_site_is_let_go_at_once_and_named() -> None:
+    story = Story()
+    story.follow(world())
+    story.report("a")
+    # Just disabled, its stream ended: no stall timeout is waited for.
+    assert story.follow(world(1.0, with_withheld(DISABLED, connected=False))) == ["site_let_go"]
+    assert story.state.current is not None
+    assert dict(story.state.current.let_go) == {"c": DISABLED.reason}
+    story.report("b")
+    story.follow(world(1.0, with_withheld(DISABLED)))
+    story.aggregate("ab")
+    story.evaluate("ab")
+    # The next round opens without waiting for it, for it will not come.
+    assert story.follow(world(1.0, with_withheld(DISABLED, connected=False), 1.0)) == [
+        "round_finished", "round_opened",
+    ]  # fmt: skip
+    assert story.state.records[0].missing == {"c": DISABLED.reason}
+    assert dict(story.state.current.absent) == {"c": DISABLED.reason}
+
+
+def test_a_disabled_sites_figures_are_not_waited_for() -> None:
+    story = Story()
+    story.follow(world())
+    for site in "abc":
+        story.report(site)
+    story.follow(world())
+    story.aggregate("abc")
+    assert story.follow(world(1.0, with_withheld(DISABLED, connected=False))) == ["evaluation_let_go"]
+
+
+def test_a_draining_site_finishes_its_round_and_is_not_asked_for_the_next() -> None:
+    story = Story()
+    story.follow(world())
+    assert story.follow(world(1.0, with_withheld(DRAINING))) == []
+    for site in "abc":
+        story.report(site)
+    story.follow(world(1.0, with_withheld(DRAINING)))
+    story.aggregate("abc")
+    story.evaluate("abc")
+    assert story.follow(world(1.0, with_withheld(DRAINING), 1.0)) == ["round_finished", "round_opened"]
+    assert story.state.records[0].missing == {}
+    assert story.state.current is not None
+    assert story.state.current.registered == ("a", "b")
+    assert dict(story.state.current.absent) == {"c": DRAINING.reason}
+
+
+def test_a_withheld_site_that_is_needed_is_waited_for_by_name() -> None:
+    story = Story(make_plan(min_sites=3))
+    around = world(1.0, with_withheld(DRAINING))
+    assert story.follow(around) == []
+    assert DRAINING.reason in waiting_for(story.state, around)
+    assert story.follow(world(1.5)) == ["round_opened"], "an operator let it in again"
 
 
 def test_a_site_that_comes_and_goes_without_end_does_not_keep_the_round_from_opening() -> None:
