@@ -13,7 +13,9 @@ from fedagent.audit import SiteAudit, open_site_audit
 from fedagent.config import AgentConfig, AgentHome
 from fedagent.driver import AgentDriver
 from fedagent.gate import SiteGate
+from fedagent.held_impressions import HeldImpressions
 from fedagent.policy import SitePolicy, load_policy
+from fedagent.purging import Purging
 from fedagent.renewal import Renewal
 from fedagent.shared_log import LogRing, SharedLog
 from fedagent.status_file import StatusBoard
@@ -68,6 +70,7 @@ async def _serve(
     manager = ServiceManager.from_environment()
     audit_file = open_site_audit(places.audit)
     audit = SiteAudit(audit_file)
+    purging = Purging(HeldImpressions(places.artifacts), audit)
     driver = AgentDriver(
         site,
         lambda: open_channel(places.credential, proxy=config.proxy),
@@ -77,6 +80,7 @@ async def _serve(
         board=StatusBoard(places.status, site, manager.status),
         audit=audit,
         shared_log=shared_log,
+        purging=purging,
     )
     transfers = Transfers(site, store, driver.stub, throttle_of(policy.bandwidth_mbit_s), audit=audit)
     tasks = Tasks(site, places, config, compute, store, transfers, driver.send, policy)

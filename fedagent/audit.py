@@ -7,14 +7,14 @@ A log that can't be written stops deliveries.
 
 import hashlib
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
-from fedcore.audit import OK, Fact, Value
+from fedcore.audit import OK, Fact, Head, Value
 from fedcore.audit_heads import head_from_proto, head_to_proto
 from fedcore.audit_store import AUDIT_SCHEMA, AuditLog
 from fedcore.database import Database, open_database
@@ -24,6 +24,8 @@ from fedcore.v1 import federation_pb2
 # The other side, under the name by which its log is known here.
 COORDINATOR = "coordinator"
 _AGENT = "agent"
+# Digests that one record names.
+_MAX_NAMED = 20
 _log = structlog.get_logger(__name__)
 
 
@@ -64,6 +66,10 @@ class SiteAudit:
     async def event(self, action: str, thing: str = "", **detail: Value) -> None:
         """Record something that this agent did or saw."""
         await self.log.record(Fact(action, _AGENT, object=thing, detail=detail))
+
+    async def purged(self, digests: Sequence[str], *, asked: int, purge: str, by: str, reason: str) -> Head:
+        """Record that these banks of impressions were deleted here, of `asked` that were to go; give the new head."""
+        return await self.log.record(purge_fact(digests, asked=asked, purge=purge, by=by, reason=reason))
 
     # -- hello ------------------------------------------------------------------------------------
 
@@ -130,6 +136,20 @@ class SiteAudit:
     async def arrived(self, digest: str, total_bytes: int, purpose: Purpose) -> None:
         """Record an artifact that came whole, its digest checked."""
         await self.event("artifact.receive", f"artifact/{digest}", bytes=total_bytes, **purpose.detail)
+
+
+def purge_fact(digests: Sequence[str], *, asked: int, purge: str, by: str, reason: str) -> Fact:
+    """Banks of impressions were deleted at this site. `purge` is the coordinator's name for it, "" by the site's hand."""
+    one = f"artifact/{digests[0]}" if len(digests) == 1 else "impressions"
+    named = {f"digest_{n}": digest for n, digest in enumerate(digests[:_MAX_NAMED], start=1)}
+    detail: dict[str, Value] = {
+        "deleted": len(digests),
+        "asked": asked,
+        "purge": purge,
+        "by": by,
+        "reason": reason,
+    }
+    return Fact("impressions.purge", _AGENT if purge else by, object=one, detail={**detail, **named})
 
 
 def open_site_audit(path: Path) -> Database:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fedagent.audit_commands import audit_app
+from fedagent.impression_commands import impressions_app
 from fedagent.site_commands import HomeOption, add_to
 from fedcore.program import run_program
 
@@ -20,6 +21,7 @@ app = typer.Typer(
 
 add_to(app)
 app.add_typer(audit_app, name="audit")
+app.add_typer(impressions_app, name="impressions")
 
 
 @app.command("enroll")

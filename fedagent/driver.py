@@ -15,6 +15,7 @@ from fedagent import agent_machine as machine
 from fedagent.agent_machine import AgentState, Begin, Task, Withdraw
 from fedagent.audit import ControlBytes, SiteAudit
 from fedagent.gate import SiteGate
+from fedagent.purging import Purging
 from fedagent.shared_log import SharedLog
 from fedagent.status_file import StatusBoard
 from fedagent.tasks import Tasks
@@ -53,6 +54,7 @@ class AgentDriver:
         *,
         audit: SiteAudit,
         shared_log: SharedLog | None = None,
+        purging: Purging,
     ) -> None:
         self._site = site
         self._open_channel = open_channel
@@ -62,6 +64,8 @@ class AgentDriver:
         self._board = board
         self._audit = audit
         self._shared_log = shared_log
+        self._purging = purging
+        self._purges: set[asyncio.Task[None]] = set()
         self._tasks: Tasks | None = None
         self._found = federation_pb2.Capabilities()
         self._refusal = ""
@@ -69,6 +73,8 @@ class AgentDriver:
         self._outbox: asyncio.Queue[federation_pb2.AgentMessage] = asyncio.Queue(_OUTBOX_DEPTH)
         self._state = AgentState()
         self._directives: dict[Task, Directive] = {}
+        # What the task in progress was begun with.
+        self._present: Directive | None = None
         self._work: dict[Task, asyncio.Task[None]] = {}
         self._renewed = asyncio.Event()
         self._on_renewal_asked: Callable[[], None] = lambda: None
@@ -143,9 +149,10 @@ class AgentDriver:
             for watcher in watchers:
                 watcher.cancel()
             self._state = AgentState()  # so that what ends now begins nothing again
-            for work in self._work.values():
+            ending = [*self._work.values(), *self._purges]
+            for work in ending:
                 work.cancel()
-            await asyncio.gather(*watchers, *self._work.values(), return_exceptions=True)
+            await asyncio.gather(*watchers, *ending, return_exceptions=True)
 
     async def _connect_once(self) -> None:
         async with self._open_channel() as channel:
@@ -162,6 +169,7 @@ class AgentDriver:
             # What was said to a connection that is gone is dropped: the coordinator asks again for what it still
             # wants. A queue of its own for each connection: the reader of a dead one takes one message more.
             outbox = self._outbox = asyncio.Queue(_OUTBOX_DEPTH)
+            self.send(await self._purging.holdings())
             told = ControlBytes()
             try:
                 stream = stub.Directives(
@@ -225,10 +233,33 @@ class AgentDriver:
             case "renew_certificate":
                 log.info("asked to renew the certificate", site=self._site)
                 self._on_renewal_asked()
+            case "purge_impressions":
+                purge = asyncio.create_task(self._purge(directive.purge_impressions))
+                self._purges.add(purge)
+                purge.add_done_callback(self._purges.discard)
             case "drain":
                 log.info("the coordinator is about to stop", reason=directive.drain.reason)
             case _:
                 log.warning("directive of an unknown kind ignored")
+
+    async def _purge(self, order: federation_pb2.PurgeImpressions) -> None:
+        """Take purged impressions from the task that uses them, delete them, and say so."""
+        working, gone = self._state.working, set(order.digests)
+        if working is not None and self._present is not None and _impressions_of(self._present) in gone:
+            newest, work = self._directives.get(working), self._work.get(working)
+            if newest is None or _impressions_of(newest) in gone:
+                self._step(
+                    *machine.stopped(self._state, working.run)
+                )  # the coordinator asks again, without them
+            elif work is not None:
+                work.cancel()  # begins again, with what it was asked for last
+            log.warning("task gives up purged impressions", run=working.run, round=working.round)
+            if work is not None:
+                await asyncio.gather(work, return_exceptions=True)
+        answer = await self._purging.carry_out(order)
+        if answer is not None:
+            self.send(federation_pb2.AgentMessage(impressions_purged=answer))
+            self.send(await self._purging.holdings())
 
     def _ask(self, task: Task, directive: Directive) -> None:
         if not machine.is_run(task.run):
@@ -254,7 +285,7 @@ class AgentDriver:
 
     async def _perform(self, task: Task) -> None:
         assert self._tasks is not None
-        directive = self._directives.pop(task)
+        directive = self._present = self._directives.pop(task)
         completed = False
         log.info("task begins", run=task.run, round=task.round, kind=task.kind)
         self._show(doing=f"{task.kind}, round {task.round} of run {task.run}")
@@ -271,6 +302,7 @@ class AgentDriver:
             completed = True
         finally:
             self._work.pop(task, None)
+            self._present = None
             self._show(doing="")
             again = self._state.wanted == task and not completed
             if again:
@@ -341,3 +373,8 @@ class AgentDriver:
     def _show(self, **changes: object) -> None:
         if self._board is not None:
             self._board.update(**changes)
+
+
+def _impressions_of(directive: Directive) -> str:
+    """Digest of the bank that a directive trains on; "" for none."""
+    return directive.train.impressions.digest

@@ -79,6 +79,8 @@ class SitePolicy(ConfigSection):
     # Computing for one round, training and evaluation each; what takes longer is ended.
     max_hours_per_round: PositiveFloat | None = None
     receive_impressions: bool = True
+    # Whether people at this site may look at those that lie here (`fedagent impressions preview`).
+    show_impressions: bool = True
     working_hours: WorkingHours | None = None
     # Both directions together, 10^6 bits a second.
     bandwidth_mbit_s: PositiveFloat | None = None
@@ -143,6 +145,7 @@ def policy_lines(policy: SitePolicy) -> list[str]:
         "epochs": limit(policy.max_epochs, "a round"),
         "hours": limit(policy.max_hours_per_round, "a round"),
         "impressions": "received" if policy.receive_impressions else "not received",
+        "previews": "allowed here" if policy.show_impressions else "forbidden here",
         "working hours": str(policy.working_hours or "always"),
         "bandwidth": limit(policy.bandwidth_mbit_s, "Mbit/s"),
         "agent's log": "shared with operators" if policy.share_logs else "not shared",

@@ -13,6 +13,7 @@ import structlog
 from fedagent.agent_machine import is_run
 from fedagent.audit import Purpose
 from fedagent.config import AgentConfig, AgentHome
+from fedagent.held_impressions import HeldImpressions
 from fedagent.policy import SitePolicy, refusal_of_task
 from fedagent.transfer import Transfers, load_record, save_record
 from fedcore.artifact_store import ArtifactStore
@@ -62,6 +63,8 @@ class Tasks:
         self._store = store
         self._transfers = transfers
         self._send = send
+        self._held = HeldImpressions(home.artifacts)
+        self._told_held: list[str] = []
         self._present_run = ""
         home.tasks.mkdir(parents=True, exist_ok=True)
         home.local_state.mkdir(parents=True, exist_ok=True)
@@ -176,6 +179,7 @@ class Tasks:
             purpose = Purpose("strategy state", task.run, task.round)
             strategy_state = str(await self._transfers.fetch(task.strategy_state, moved, purpose))
         self._transfers.forget_all_but(needed)
+        await self._tell_held()
         out = self._store.new_path()
         try:
             result = await self._compute_within_hours(
@@ -199,6 +203,14 @@ class Tasks:
         finally:
             out.unlink(missing_ok=True)
         return result
+
+    async def _tell_held(self) -> None:
+        """Tell the coordinator which banks lie here, if that has changed."""
+        held = await asyncio.to_thread(self._held.digests)
+        if held != self._told_held:
+            self._told_held = held
+            message = federation_pb2.ImpressionsHeld(digests=held)
+            self._send(federation_pb2.AgentMessage(impressions_held=message))
 
     def _check_allowed(self, plan_json: str, *, objective: str | None, has_impressions: bool) -> None:
         """Raise PermissionDeniedError with the reason if this site's policy forbids a task."""

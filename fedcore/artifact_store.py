@@ -27,8 +27,7 @@ class ArtifactStore:
 
     def path(self, digest: str) -> Path:
         """Where the artifact lies or would lie. Raises TransferError if `digest` is none."""
-        check_digest_form(digest)
-        return self.root / digest[:2] / f"{digest}.safetensors"
+        return artifact_path(self.root, digest)
 
     def find(self, digest: str) -> Path:
         """Path of an artifact that is there. Raises NotFoundError."""
@@ -68,6 +67,13 @@ class ArtifactStore:
         """Delete an artifact, if it is there."""
         self.path(digest).unlink(missing_ok=True)
 
+    def erase(self, digest: str) -> bool:
+        """Delete an artifact for good: what is gone stays gone after a power cut. False if it is not there.
+
+        Its blocks on the disk are not overwritten. Raises OSError.
+        """
+        return erase_file(self.path(digest))
+
     def digests(self) -> Iterator[str]:
         """Digests of all artifacts that are there."""
         for path in self.root.glob("??/*.safetensors"):
@@ -84,6 +90,22 @@ class ArtifactStore:
                 return hashlib.file_digest(file, "sha256").hexdigest() == digest
         except OSError:
             return False
+
+
+def artifact_path(root: Path, digest: str) -> Path:
+    """Where an artifact lies in a store. Raises TransferError if `digest` is none."""
+    check_digest_form(digest)
+    return root / digest[:2] / f"{digest}.safetensors"
+
+
+def erase_file(path: Path) -> bool:
+    """Delete a file so that a power cut does not bring it back; False if there is none. Raises OSError."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    _fsync(path.parent)
+    return True
 
 
 def _fsync(path: Path) -> None:

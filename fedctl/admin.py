@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fedcore.v1.admin_pb2_grpc import AdminStub
     from fedcore.v1.audit_pb2_grpc import AuditStub
     from fedcore.v1.certificates_pb2_grpc import CertificatesStub
+    from fedcore.v1.impressions_pb2_grpc import ImpressionsStub
     from fedcore.v1.operations_pb2_grpc import OperationsStub
     from fedcore.v1.sites_pb2_grpc import SitesStub
 
@@ -91,6 +92,17 @@ class Admin:
 
         assert self._channel is not None, "opened by open_credential"
         return OperationsStub(self._channel)
+
+    @property
+    def impressions(self) -> "ImpressionsStub":
+        """The Impressions service of the same connection."""
+        from fedcore import tls as _tls  # noqa: F401 - before grpc
+
+        # isort: split
+        from fedcore.v1.impressions_pb2_grpc import ImpressionsStub
+
+        assert self._channel is not None, "opened by open_credential"
+        return ImpressionsStub(self._channel)
 
     def call(
         self,

@@ -13,6 +13,7 @@ from fedctl import (
     context_commands,
     demo,
     enroll_commands,
+    impression_commands,
     model_commands,
     role_commands,
     run_commands,
@@ -35,6 +36,7 @@ app.add_typer(cert_commands.app, name="cert")
 app.add_typer(site_commands.app, name="site")
 app.add_typer(run_commands.app, name="run")
 app.add_typer(model_commands.app, name="model")
+app.add_typer(impression_commands.app, name="impression")
 app.add_typer(status_commands.auth_app, name="auth")
 app.add_typer(role_commands.app, name="role")
 app.add_typer(audit_commands.app, name="audit")

@@ -8,7 +8,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,8 @@ _READ_BYTES = 4 << 20
 
 # Called with payload bytes there and payload bytes in all.
 OnBytes = Callable[[int, int], None]
+# Opens a stream of an artifact from a payload byte on.
+StreamFrom = Callable[[int], Generator["tensor_pb2.ArtifactPart", None, None]]
 
 
 def download_artifact(
@@ -41,14 +43,17 @@ def download_artifact(
     *,
     on_bytes: OnBytes = lambda done, total: None,
     sleep: Callable[[float], None] = time.sleep,
+    stream_from: "StreamFrom | None" = None,
 ) -> None:
     """Fetch an artifact into the file `out`, which appears whole and verified or not at all.
 
-    What has arrived lies in `OUT.part` meanwhile; a cut stream is resumed from there, up to ATTEMPTS times
-    without a byte gained, and so is the next call. Raises DigestMismatchError or TensorMismatchError
-    (nothing is kept then), StorageError, and what the coordinator answers.
+    `stream_from(offset)` opens its stream, Admin.Download's if it is not given. What has arrived lies in
+    `OUT.part` meanwhile; a cut stream is resumed from there, up to ATTEMPTS times without a byte gained, and
+    so is the next call. Raises DigestMismatchError or TensorMismatchError (nothing is kept then),
+    StorageError, and what the coordinator answers.
     """
-    download = _Download(admin, digest, out.with_name(out.name + ".part"), on_bytes)
+    part = out.with_name(out.name + ".part")
+    download = _Download(admin, digest, part, on_bytes, stream_from or _downloads(admin, digest))
     failures = 0
     try:
         while not download.complete:
@@ -65,6 +70,16 @@ def download_artifact(
         raise StorageError(f"{out}: can't be written: {error}") from error
     finally:
         download.close()
+
+
+def _downloads(admin: "Admin", digest: str) -> "StreamFrom":
+    def stream_from(offset: int) -> Generator["tensor_pb2.ArtifactPart", None, None]:
+        from fedcore.v1 import admin_pb2
+
+        request = admin_pb2.DownloadRequest(digest=digest, offset=offset)
+        return admin.stream(lambda stub: stub.Download, request)
+
+    return stream_from
 
 
 def upload_model(admin: "Admin", path: Path, *, on_bytes: OnBytes = lambda done, total: None) -> str:
@@ -114,7 +129,10 @@ def file_digest(path: Path) -> str:
 class _Download:
     """One artifact on its way into the file `part`, over as many streams as it takes."""
 
-    def __init__(self, admin: "Admin", digest: str, part: Path, on_bytes: OnBytes) -> None:
+    def __init__(
+        self, admin: "Admin", digest: str, part: Path, on_bytes: OnBytes, stream_from: "StreamFrom"
+    ) -> None:
+        self._stream_from = stream_from
         self._admin = admin
         self._digest = digest
         self._part = part
@@ -134,12 +152,8 @@ class _Download:
 
     def receive(self) -> None:
         """Take in one stream from where the last one ended. Raises TruncatedStreamError if it ends early."""
-        from fedcore.v1 import admin_pb2
-
         asked = self.offset
-        request = admin_pb2.DownloadRequest(digest=self._digest, offset=asked)
-        stream = self._admin.stream(lambda stub: stub.Download, request)
-        with contextlib.closing(stream):
+        with contextlib.closing(self._stream_from(asked)) as stream:
             for message in stream:
                 if message.WhichOneof("part") == "manifest":
                     self._open(message.manifest)

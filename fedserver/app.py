@@ -33,6 +33,7 @@ from fedcore.v1 import (
     certificates_pb2_grpc,
     enrollment_pb2_grpc,
     federation_pb2_grpc,
+    impressions_pb2_grpc,
     operations_pb2_grpc,
     sites_pb2_grpc,
 )
@@ -62,8 +63,10 @@ from fedserver.services.certificates import CertificatesService
 from fedserver.services.enrollment import EnrollmentService
 from fedserver.services.federation import FederationService
 from fedserver.services.health import HealthService
+from fedserver.services.impressions import ImpressionsService
 from fedserver.services.operations import OperationsService
 from fedserver.services.sites import SitesService
+from fedserver.site_purges import SitePurges
 from fedserver.strategies import makes_impressions
 from fedserver.tokens import Tokens
 from fedserver.turns import Turns
@@ -74,6 +77,10 @@ from grpc_health.v1 import health_pb2_grpc
 
 _TRANSFER_THREADS = 8
 _DRAIN_S = 2.0
+_SERVICES = (
+    "Federation", "Admin", "Certificates", "Access", "Audit", "Operations", "Sites", "Impressions",
+    "Enrollment",
+)  # fmt: skip
 log = structlog.get_logger(__name__)
 
 
@@ -226,6 +233,7 @@ async def _start_servers(
         enroll_port=config.enroll_port,
     )
     deliveries = Deliveries(driver, parts.store, parts.roster, places.spool, parts.pool, parts.turns)
+    purges = SitePurges(driver, parts.roster, parts.audit)
     federation = FederationService(
         config.name,
         config.heartbeat_interval_s,
@@ -236,6 +244,7 @@ async def _start_servers(
         parts.pool,
         parts.turns,
         AuditExchange(database, parts.audit),
+        purges,
         lambda: parts.keeper.current().issuer,
     )
     admin = AdminService(
@@ -255,6 +264,7 @@ async def _start_servers(
         config.enroll_port,
         Rotation(parts.certificates, parts.keeper, parts.own, parts.roster),
     )
+    impressions = ImpressionsService(driver, parts.roster, purges, parts.store, parts.pool, parts.turns)
     audit = CallAudit(parts.audit)
     main, enrolling = (
         grpc.aio.server(
@@ -274,6 +284,7 @@ async def _start_servers(
     audit_pb2_grpc.add_AuditServicer_to_server(AuditService(parts.audit, parts.grants), main)
     operations = OperationsService(config, driver, Journal(database), parts.facts)
     operations_pb2_grpc.add_OperationsServicer_to_server(operations, main)
+    impressions_pb2_grpc.add_ImpressionsServicer_to_server(impressions, main)
     health_pb2_grpc.add_HealthServicer_to_server(parts.health, main)
     enrollment_pb2_grpc.add_EnrollmentServicer_to_server(enrollment, enrolling)
     for server, port, required in ((main, config.port, True), (enrolling, config.enroll_port, False)):
@@ -285,16 +296,7 @@ async def _start_servers(
         )
     await main.start()
     await enrolling.start()
-    for service in (
-        "Federation",
-        "Admin",
-        "Certificates",
-        "Access",
-        "Audit",
-        "Operations",
-        "Sites",
-        "Enrollment",
-    ):
+    for service in _SERVICES:
         parts.health.set(f"fedcore.v1.{service}", True)
     return main, enrolling
 

@@ -87,6 +87,7 @@ class ComputeWork:
                         made=result["made"],
                         note=result["note"],
                         figures=result["figures"],
+                        previous=command.previous,
                     )
                 case EvaluateHere():
                     result = await self._run(

@@ -1,4 +1,4 @@
-"""Artifacts that no run needs are swept when the coordinator starts."""
+"""Artifacts that go: what no run needs when the coordinator starts, impressions that were purged, results that were refused."""
 
 import time
 from collections.abc import Iterable
@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import structlog
 
 from fedcore.artifact_store import ArtifactStore
+from fedserver import round_events as ev
+from fedserver.impression_purges import purged_only
 from fedserver.round_state import RunState, needed
 
 # An upload waits this long at most for the run that starts from it.
@@ -28,3 +30,23 @@ def sweep(store: ArtifactStore, states: Iterable[RunState], grace_s: float = _GR
     if swept:
         log.info("swept artifacts that no run needs", count=swept)
     return swept
+
+
+def erase_purged(store: ArtifactStore, states: Iterable[RunState]) -> None:
+    """Delete the files of purged banks for good; also what a crash between journal and deletion, or a backup, left.
+
+    A file that can't be deleted is only logged: whoever asked for the purge looks for it.
+    """
+    for digest in sorted(purged_only(states)):
+        try:
+            if store.erase(digest):
+                log.info("purged impressions erased", digest=digest)
+        except OSError as error:
+            log.error("purged impressions can't be erased", digest=digest, error=str(error))
+
+
+def drop_refused(store: ArtifactStore, event: ev.Event, states: Iterable[RunState]) -> None:
+    """Delete the bank of a synthesis that a run refused: it was begun from one that was purged meanwhile, say."""
+    digest = event.impressions if isinstance(event, ev.SynthesisFinished) else None
+    if digest is not None and not any(digest in needed(state) for state in states):
+        store.delete(digest)

@@ -83,6 +83,8 @@ class Roster:
         self._sessions: dict[str, Session] = {}
         self._left: dict[str, float] = {}
         self._seen: dict[str, str] = {}
+        # Digests of the banks of impressions that each site said it holds, since this coordinator started.
+        self._impressions: dict[str, frozenset[str]] = {}
 
     @property
     def sessions(self) -> dict[str, Session]:
@@ -133,6 +135,14 @@ class Roster:
         session = self._sessions.get(site)
         if session is not None:
             session.last_progress = self._clock.monotonic()
+
+    def holds_impressions(self, site: str, digests: frozenset[str]) -> None:
+        """Note all banks of impressions that a site said it holds."""
+        self._impressions[site] = digests
+
+    def impressions_of(self, site: str) -> frozenset[str] | None:
+        """The banks that a site said last it holds; None if it has said nothing."""
+        return self._impressions.get(site)
 
     def last_seen(self, site: str) -> str:
         """RFC 3339 time at which the site was last heard of since this coordinator started; empty if never."""

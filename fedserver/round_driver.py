@@ -26,7 +26,7 @@ from fedserver.compute_work import ComputeCommand, ComputeWork
 from fedserver.directives import evaluate_directive, stop_directive, train_directive
 from fedserver.drain import Drain
 from fedserver.journal import Journal, Submission
-from fedserver.retention import sweep
+from fedserver.retention import drop_refused, erase_purged, sweep
 from fedserver.roster import Assignment, Roster, Session
 from fedserver.round_decisions import Withheld, World, decide, waiting_for
 from fedserver.round_machine import Evaluate, Train, apply, work
@@ -101,6 +101,7 @@ class RoundDriver:
         """Replay the journal. Call once, before `serve`."""
         for submission, state in self._journal.replay():
             self._views[submission.run] = self._new_view(submission, state)
+        erase_purged(self._store, [view.state for view in self._views.values()])
 
     def views(self) -> list[RunView]:
         """All runs, the oldest first."""
@@ -256,6 +257,7 @@ class RoundDriver:
             try:
                 states[posted.run] = self._apply(states, posted.run, posted.event)
             except FedimpresError as error:
+                drop_refused(self._store, posted.event, states.values())
                 _fail(posted.done, error)
                 continue
             recorded.append((posted.run, posted.event))
@@ -340,6 +342,8 @@ class RoundDriver:
             self._discard(before, view.state)
             if view.state.status.final:
                 sweep(self._store, [other.state for other in self._views.values()], _SWEEP_GRACE_S)
+        if any(isinstance(event, ev.ImpressionsPurged) for _, event in recorded):
+            erase_purged(self._store, [view.state for view in self._views.values()])
         async with self._changed:
             self._changed.notify_all()
 

@@ -159,6 +159,8 @@ class SynthesisFinished(_Event):
     note: str = ""
     # How they came about, in counts and shares.
     figures: dict[str, float] = {}
+    # The bank that they were begun from, None for none (or an earlier version's event).
+    previous: str | None = None
 
 
 class EvaluationReported(_Event):
@@ -216,6 +218,28 @@ class ResumeRequested(_Event):
     by: str
 
 
+class ImpressionsPurged(_Event):
+    """An operator had these rounds' banks removed; also of a run that is over. `sites` are asked to remove theirs."""
+
+    kind: Literal["impressions_purged"] = "impressions_purged"
+    purge: str
+    rounds: tuple[int, ...]
+    digests: tuple[str, ...]
+    sites: tuple[str, ...]
+    by: str
+    reason: str
+
+
+class PurgeConfirmed(_Event):
+    """A site has removed a purge's banks; `deleted` are those that it had. `audit_head` is its log's, SEQUENCE:DIGEST."""
+
+    kind: Literal["purge_confirmed"] = "purge_confirmed"
+    purge: str
+    site: str
+    deleted: tuple[str, ...]
+    audit_head: str
+
+
 class RunFinished(_Event):
     """The run is over, for good."""
 
@@ -241,6 +265,8 @@ Event = Annotated[
     | RoundFinished
     | PauseRequested
     | ResumeRequested
+    | ImpressionsPurged
+    | PurgeConfirmed
     | RunFinished,
     Field(discriminator="kind"),
 ]

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from fedcore.errors import ConflictError
 from fedcore.round_record import RoundRecord
 from fedserver import round_events as ev
+from fedserver.impression_purges import apply_purge
 from fedserver.round_state import Round, RunState, Stage, Status, Update, with_item
 from fedserver.synthesis.schedule import should_synthesise
 
@@ -147,6 +148,8 @@ def _round_work(state: RunState, current: Round) -> tuple[Command, ...]:
 
 def apply(state: RunState, event: ev.Event) -> RunState:
     """The state after an event. Raises ConflictError if the event can't happen in this state."""
+    if isinstance(event, ev.ImpressionsPurged | ev.PurgeConfirmed):  # at any time, also when the run is over
+        return apply_purge(state, event)
     if state.status.final:
         raise ConflictError(f"run {state.run} is over ({state.status}): {event.kind} can't happen")
     match event:
@@ -237,7 +240,9 @@ def _apply_to_round(state: RunState, event: ev.Event) -> RunState:
             _expect(state, state.stage is Stage.AGGREGATING, event)
             return _to_opening(_reject(state, current, event.rejected), event.reason)
         case ev.SynthesisFinished():
-            _expect(state, bool(_synthesis(state, current)), event)
+            # A bank that was begun from one that has been purged meanwhile holds pictures of it.
+            from_present = event.previous in (None, state.impressions)
+            _expect(state, bool(_synthesis(state, current)) and from_present, event)
             changed = replace(
                 current,
                 synthesised=(event.made, event.note),

@@ -103,6 +103,32 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True)
+class Confirmation:
+    """A site has done its part of a purge. `at` is seconds since the epoch, `audit_head` SEQUENCE:DIGEST of its log."""
+
+    at: float
+    deleted: tuple[str, ...]
+    audit_head: str
+
+
+@dataclass(frozen=True, slots=True)
+class Purge:
+    """Banks that were removed: here when the purge is journalled, at each of `sites` when it has confirmed.
+
+    `rounds` made them. Invariant: confirmed holds only `sites`. `at` is seconds since the epoch.
+    """
+
+    id: str
+    at: float
+    by: str
+    reason: str
+    rounds: tuple[int, ...]
+    digests: tuple[str, ...]
+    sites: tuple[str, ...]
+    confirmed: Mapping[str, Confirmation] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class RunState:
     """A run. `finished` counts finished rounds; `model`, `impressions` and `strategy_state` are what the next round
     starts from, `released` is the newest model that was handed out (None before the first round).
@@ -136,8 +162,13 @@ class RunState:
     # Sites that each finished round expected and did not aggregate.
     missed: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     records: tuple[RoundRecord, ...] = ()
+    purges: tuple[Purge, ...] = ()
     started_at: float | None = None
     finished_at: float | None = None
+
+    def purge_of(self, round_number: int) -> Purge | None:
+        """The purge that removed a round's bank, None if none did."""
+        return next((purge for purge in self.purges if round_number in purge.rounds), None)
 
     @property
     def best(self) -> RoundRecord | None:
@@ -155,7 +186,9 @@ def needed(state: RunState) -> set[str]:
     """Digests of every artifact that the run, or who reads its results, can still ask for."""
     found: set[str | None] = {state.plan.training.initial}
     for record in state.records:
-        found |= {record.model, record.impressions_digest}
+        found.add(record.model)
+        if state.purge_of(record.round) is None:
+            found.add(record.impressions_digest)
     if not state.status.final:
         found |= {state.model, state.released, state.impressions, state.strategy_state}
         if (current := state.current) is not None:

@@ -82,8 +82,8 @@ def png_data_uri(image: NDArray[np.uint8]) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def picture_rows(pictures: Pictures, class_names: tuple[str, ...]) -> str:
-    """HTML: a row of pictures for each class that has any, at most MAX_PER_CLASS, with the class's name and
+def picture_rows(pictures: Pictures, class_names: tuple[str, ...], per_class: int = MAX_PER_CLASS) -> str:
+    """HTML: a row of pictures for each class that has any, at most `per_class`, with the class's name and
     count.
     """
     rows = []
@@ -92,9 +92,9 @@ def picture_rows(pictures: Pictures, class_names: tuple[str, ...]) -> str:
         chosen = np.flatnonzero(pictures.labels == label)
         images = "".join(
             f'<img src="{png_data_uri(pictures.images[i])}" alt="impression of {escape(name)}">'
-            for i in chosen[:MAX_PER_CLASS]
+            for i in chosen[:per_class]
         )
-        more = f", {MAX_PER_CLASS} shown" if len(chosen) > MAX_PER_CLASS else ""
+        more = f", {per_class} shown" if len(chosen) > per_class else ""
         rows.append(
             f'<div class="class"><div class="label">{escape(name)}<small>{len(chosen)}{more}</small></div>'
             f'<div class="pics">{images}</div></div>'

@@ -195,6 +195,8 @@ class AgentMessage(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     PONG_FIELD_NUMBER: _builtins.int
     LOG_LINES_FIELD_NUMBER: _builtins.int
+    IMPRESSIONS_HELD_FIELD_NUMBER: _builtins.int
+    IMPRESSIONS_PURGED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def heartbeat(self) -> Global___Heartbeat: ...
     @_builtins.property
@@ -211,6 +213,10 @@ class AgentMessage(_message.Message):
     def pong(self) -> Global___Pong: ...
     @_builtins.property
     def log_lines(self) -> Global___LogLines: ...
+    @_builtins.property
+    def impressions_held(self) -> Global___ImpressionsHeld: ...
+    @_builtins.property
+    def impressions_purged(self) -> Global___ImpressionsPurged: ...
     def __init__(
         self,
         *,
@@ -222,12 +228,14 @@ class AgentMessage(_message.Message):
         capabilities: Global___Capabilities | None = ...,
         pong: Global___Pong | None = ...,
         log_lines: Global___LogLines | None = ...,
+        impressions_held: Global___ImpressionsHeld | None = ...,
+        impressions_purged: Global___ImpressionsPurged | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "evaluation", b"evaluation", "failed", b"failed", "heartbeat", b"heartbeat", "log_lines", b"log_lines", "message", b"message", "pong", b"pong", "progress", b"progress", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "evaluation", b"evaluation", "failed", b"failed", "heartbeat", b"heartbeat", "impressions_held", b"impressions_held", "impressions_purged", b"impressions_purged", "log_lines", b"log_lines", "message", b"message", "pong", b"pong", "progress", b"progress", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "evaluation", b"evaluation", "failed", b"failed", "heartbeat", b"heartbeat", "log_lines", b"log_lines", "message", b"message", "pong", b"pong", "progress", b"progress", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "evaluation", b"evaluation", "failed", b"failed", "heartbeat", b"heartbeat", "impressions_held", b"impressions_held", "impressions_purged", b"impressions_purged", "log_lines", b"log_lines", "message", b"message", "pong", b"pong", "progress", b"progress", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["heartbeat", "started", "progress", "failed", "evaluation", "capabilities", "pong", "log_lines"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["heartbeat", "started", "progress", "failed", "evaluation", "capabilities", "pong", "log_lines", "impressions_held", "impressions_purged"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -352,6 +360,61 @@ class LogLine(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LogLine: _TypeAlias = LogLine  # noqa: Y015
+
+@_typing.final
+class ImpressionsHeld(_message.Message):
+    """All banks of impressions that lie on the site's disk, whole or in part: after a hello, and when that changes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGESTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        digests: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImpressionsHeld: _TypeAlias = ImpressionsHeld  # noqa: Y015
+
+@_typing.final
+class ImpressionsPurged(_message.Message):
+    """The site has deleted what a PurgeImpressions named, and recorded it in its own audit log."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PURGE_FIELD_NUMBER: _builtins.int
+    DELETED_FIELD_NUMBER: _builtins.int
+    AUDIT_HEAD_FIELD_NUMBER: _builtins.int
+    purge: _builtins.str
+    @_builtins.property
+    def deleted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Those that it had; it had none of the others."""
+
+    @_builtins.property
+    def audit_head(self) -> _audit_pb2.AuditHead:
+        """Head of the site's audit log, its last record being that of this purge."""
+
+    def __init__(
+        self,
+        *,
+        purge: _builtins.str = ...,
+        deleted: _abc.Iterable[_builtins.str] | None = ...,
+        audit_head: _audit_pb2.AuditHead | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["audit_head", b"audit_head"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_head", b"audit_head", "deleted", b"deleted", "purge", b"purge"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImpressionsPurged: _TypeAlias = ImpressionsPurged  # noqa: Y015
 
 @_typing.final
 class TaskStarted(_message.Message):
@@ -521,6 +584,7 @@ class Directive(_message.Message):
     DRAIN_FIELD_NUMBER: _builtins.int
     RENEW_CERTIFICATE_FIELD_NUMBER: _builtins.int
     READ_LOG_FIELD_NUMBER: _builtins.int
+    PURGE_IMPRESSIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def train(self) -> Global___TrainTask: ...
     @_builtins.property
@@ -535,6 +599,8 @@ class Directive(_message.Message):
     def renew_certificate(self) -> Global___RenewCertificate: ...
     @_builtins.property
     def read_log(self) -> Global___ReadLog: ...
+    @_builtins.property
+    def purge_impressions(self) -> Global___PurgeImpressions: ...
     def __init__(
         self,
         *,
@@ -545,12 +611,13 @@ class Directive(_message.Message):
         drain: Global___Drain | None = ...,
         renew_certificate: Global___RenewCertificate | None = ...,
         read_log: Global___ReadLog | None = ...,
+        purge_impressions: Global___PurgeImpressions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "drain", b"drain", "evaluate", b"evaluate", "ping", b"ping", "read_log", b"read_log", "renew_certificate", b"renew_certificate", "stop", b"stop", "train", b"train"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "drain", b"drain", "evaluate", b"evaluate", "ping", b"ping", "purge_impressions", b"purge_impressions", "read_log", b"read_log", "renew_certificate", b"renew_certificate", "stop", b"stop", "train", b"train"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "drain", b"drain", "evaluate", b"evaluate", "ping", b"ping", "read_log", b"read_log", "renew_certificate", b"renew_certificate", "stop", b"stop", "train", b"train"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "drain", b"drain", "evaluate", b"evaluate", "ping", b"ping", "purge_impressions", b"purge_impressions", "read_log", b"read_log", "renew_certificate", b"renew_certificate", "stop", b"stop", "train", b"train"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_directive: _TypeAlias = _typing.Literal["train", "evaluate", "stop", "ping", "drain", "renew_certificate", "read_log"]  # noqa: Y015
+    _WhichOneofReturnType_directive: _TypeAlias = _typing.Literal["train", "evaluate", "stop", "ping", "drain", "renew_certificate", "read_log", "purge_impressions"]  # noqa: Y015
     _WhichOneofArgType_directive: _TypeAlias = _typing.Literal["directive", b"directive"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_directive) -> _WhichOneofReturnType_directive | None: ...
 
@@ -752,6 +819,38 @@ class RenewCertificate(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RenewCertificate: _TypeAlias = RenewCertificate  # noqa: Y015
+
+@_typing.final
+class PurgeImpressions(_message.Message):
+    """Delete these banks of impressions, and answer ImpressionsPurged; asked again at every connection until then."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PURGE_FIELD_NUMBER: _builtins.int
+    DIGESTS_FIELD_NUMBER: _builtins.int
+    BY_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    purge: _builtins.str
+    by: _builtins.str
+    """Who asked for it and why, for the site's audit log."""
+    reason: _builtins.str
+    @_builtins.property
+    def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        purge: _builtins.str = ...,
+        digests: _abc.Iterable[_builtins.str] | None = ...,
+        by: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by", b"by", "digests", b"digests", "purge", b"purge", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PurgeImpressions: _TypeAlias = PurgeImpressions  # noqa: Y015
 
 @_typing.final
 class FetchRequest(_message.Message):

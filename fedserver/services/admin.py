@@ -19,6 +19,7 @@ from fedserver import round_events as ev
 from fedserver.authorisation import GRANTABLE, IMPRESSION_ROLES, denied
 from fedserver.call_audit import note, roles_of_call
 from fedserver.downloads import stream_artifact
+from fedserver.impression_purges import kept, raise_if_purged
 from fedserver.interceptors import caller_of
 from fedserver.pages import page, token_number
 from fedserver.registry import Registry
@@ -231,20 +232,19 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     ) -> AsyncIterator[tensor_pb2.ArtifactPart]:
         """Stream a model of a finished round, or one that a run started from; impressions, to those who may see them."""
         note(f"artifact/{request.digest}", offset=request.offset)
-        records = [record for view in self._driver.views() for record in view.state.records]
+        states = [view.state for view in self._driver.views()]
         purpose = ""
-        if any(record.model == request.digest for record in records):
+        if any(record.model == request.digest for state in states for record in state.records):
             purpose = "model"
-        elif request.digest and any(
-            view.state.plan.training.initial == request.digest for view in self._driver.views()
-        ):
+        elif request.digest and any(state.plan.training.initial == request.digest for state in states):
             purpose = "initial model"
-        elif request.digest and any(record.impressions_digest == request.digest for record in records):
+        elif any(request.digest in kept(state).values() for state in states):
             purpose = "impressions"
             roles = roles_of_call()
             if not roles & IMPRESSION_ROLES:
                 raise denied(caller_of(context), "may not see impressions", IMPRESSION_ROLES, roles)
         if not purpose:
+            raise_if_purged(states, request.digest)
             raise NotFoundError(f"no model or impressions {request.digest[:64]!r}")
         path = self._store.find(request.digest)
         note(purpose=purpose, bytes=read_manifest(path)[0].payload_bytes)

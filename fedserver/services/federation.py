@@ -34,6 +34,7 @@ from fedserver.questions import answered
 from fedserver.registry import Registry
 from fedserver.roster import Roster, Session, SiteProgress
 from fedserver.round_driver import RoundDriver
+from fedserver.site_purges import SitePurges
 from fedserver.suitability import checked_capabilities
 from fedserver.turns import Turns
 
@@ -55,6 +56,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         pool: ThreadPoolExecutor,
         turns: Turns,
         audit: AuditExchange,
+        purges: SitePurges,
         newest_issuer: Callable[[], str],
     ) -> None:
         self._federation = federation
@@ -66,6 +68,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         self._pool = pool
         self._turns = turns
         self._audit = audit
+        self._purges = purges
         # The CA that signs for members now: who connects with a certificate of an older one is asked to renew.
         self._newest_issuer = newest_issuer
 
@@ -104,6 +107,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             session.send(federation_pb2.Directive(renew_certificate=federation_pb2.RenewCertificate()))
         if (drain := self._driver.draining) is not None:
             session.send(drain.directive())
+        self._purges.ask(session)  # before any task: what is purged is not trained on
         self._driver.nudge()
         reader = asyncio.create_task(self._read(session, request_iterator))
         try:
@@ -167,6 +171,10 @@ class FederationService(federation_pb2_grpc.FederationServicer):
                     answered(session, message.pong.nonce, message)
                 case "log_lines":
                     answered(session, message.log_lines.nonce, message)
+                case "impressions_held":
+                    self._purges.held(session, message.impressions_held)
+                case "impressions_purged":
+                    await self._purges.confirmed(site, message.impressions_purged)
                 case _:
                     pass
         except (ConflictError, NotFoundError) as error:

@@ -19,6 +19,7 @@ from fedcore.v1 import (
     certificates_pb2,
     enrollment_pb2,
     federation_pb2,
+    impressions_pb2,
     operations_pb2,
     sites_pb2,
     tensor_pb2,
@@ -50,6 +51,7 @@ FILES: list[FileDescriptor] = [
         federation_pb2,
         operations_pb2,
         sites_pb2,
+        impressions_pb2,
         tensor_pb2,
         health_pb2,
     )
@@ -89,6 +91,10 @@ EXPECTED = {
     "fedcore.v1.Access": {OWNER},
     "fedcore.v1.Access/ListRoles": READERS,
     "fedcore.v1.Access/CanI": {ANY_OPERATOR},
+    # Counts are for everybody who reads; pictures are not.
+    "fedcore.v1.Impressions": READERS,
+    "fedcore.v1.Impressions/PreviewImpressions": {AUDITOR, OWNER},
+    "fedcore.v1.Impressions/PurgeImpressions": {OWNER},
     "grpc.health.v1.Health": {SITE, ANY_OPERATOR},
 }
 # What a caller may be let in as; an operator without a grant is "any operator" alone.

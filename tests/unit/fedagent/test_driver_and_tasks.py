@@ -178,7 +178,9 @@ class Coordinator:
         def refuse() -> Any:
             raise UnreachableError("no coordinator here")
 
-        self.driver = AgentDriver("a", refuse, 60.0, 1, audit=cast(Any, None))  # it never connects
+        self.driver = AgentDriver(
+            "a", refuse, 60.0, 1, audit=cast(Any, None), purging=cast(Any, None)
+        )  # it never connects
         self.driver._tasks = tasks
 
     def failures(self) -> list[federation_pb2.TaskFailed]:

@@ -88,7 +88,7 @@ def test_a_small_site_stays_out_and_does_not_tell_how_small_it_is():
     [
         ("model = ['cnn']", "unknown key 'model'"),
         ("max_epochs = 0", "'max_epochs': input should be greater than or equal to 1 (got 0)"),
-        ("show_impressions = false", "unknown key 'show_impressions'"),
+        ("hide_impressions = true", "unknown key 'hide_impressions'"),
         ("working_hours = {begin = 18:00:00, end = 18:00:00}", "begin and end at 18:00"),
         ("[working_hours]\nbegin = '18:00'", "key 'working_hours.end' is missing"),
         ("[working_hours]\nbegin='8:00Z'\nend='9:00'", "'working_hours.begin'"),

@@ -53,6 +53,8 @@ EVERY_EVENT: list[ev.Event] = [
     ev.RoundFinished(at=11, round=1, record_json="{}"),
     ev.PauseRequested(at=12, by="ann"),
     ev.ResumeRequested(at=12, by="ann"),
+    ev.ImpressionsPurged(at=12, purge="p", rounds=(1,), digests=("i",), sites=("a",), by="ann", reason="r"),
+    ev.PurgeConfirmed(at=12, purge="p", site="a", deleted=("i",), audit_head="7:ab"),
     ev.RunFinished(at=13, status="ABORTED", reason="r"),
 ]
 

@@ -42,6 +42,10 @@ EVENTS: tuple[ev.Event, ...] = (
     ev.RoundFinished(at=1.5, round=1, record_json='{"round": 1}'),
     ev.PauseRequested(at=1.5, by="operator"),
     ev.ResumeRequested(at=1.5, by="operator"),
+    ev.ImpressionsPurged(
+        at=1.5, purge="p", rounds=(1, 2), digests=("i", "j"), sites=("a",), by="ann", reason="r"
+    ),
+    ev.PurgeConfirmed(at=1.5, purge="p", site="a", deleted=("i",), audit_head="7:ab"),
     ev.RunFinished(at=1.5, status="DEGRADED", reason="r"),
 )  # fmt: skip
 

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from fedcore.errors import ConflictError
 from fedcore.plan import Plan, plan_from_json, validate_plan
 from fedserver import round_events as ev
+from fedserver.impression_purges import banks, in_use, purged_only
 from fedserver.journal import replay
 from fedserver.round_decisions import Presence, Withheld, World, decide, waiting_for
 from fedserver.round_machine import (
@@ -834,13 +835,34 @@ class RunMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(isinstance(c, Synthesise) for c in work(self.state)))
     @rule(works=st.booleans())
     def synthesise(self, works: bool) -> None:
-        number = self.state.current.number  # type: ignore[union-attr]
+        (command,) = [c for c in work(self.state) if isinstance(c, Synthesise)]
+        number = command.round
         assert self.try_event(
             ev.SynthesisFinished(
-                at=self.now, round=number, impressions=f"i{number}" if works else None, made=4 if works else 0
+                at=self.now, round=number, impressions=f"i{number}" if works else None, made=4 if works else 0,
+                previous=command.previous,
             )
-        )
+        )  # fmt: skip
         self.settle()
+
+    @rule(chosen=st.sets(st.integers(1, 3), min_size=1))
+    def purge(self, chosen: set[int]) -> None:
+        found = {r: d for r, d in banks(self.state).items() if r in chosen}
+        event = ev.ImpressionsPurged(
+            at=self.now, purge=f"p{len(self.events)}", rounds=tuple(found), digests=tuple(found.values()),
+            sites=self.state.sites, by="o", reason="r",
+        )  # fmt: skip
+        possible = bool(found) and not any(self.state.purge_of(number) for number in found)
+        assert self.try_event(event) is possible
+        self.settle()
+
+    @rule(site=st.sampled_from(SITES))
+    def confirm(self, site: str) -> None:
+        for purge in self.state.purges:
+            event = ev.PurgeConfirmed(
+                at=self.now, purge=purge.id, site=site, deleted=purge.digests, audit_head="1:a"
+            )
+            assert self.try_event(event) is (site not in purge.confirmed)
 
     @rule(works=st.booleans())
     def score(self, works: bool) -> None:
@@ -904,6 +926,18 @@ class RunMachine(RuleBasedStateMachine):
             before = replay("t", self.plan, self.events[:-1])
             assert not superseded(before, self.state) & needed(self.state)
             assert "m0" not in superseded(before, self.state)
+
+    @invariant()
+    def what_is_purged_is_neither_needed_nor_worked_with(self) -> None:
+        gone = {digest for purge in self.state.purges for digest in purge.digests}
+        assert not gone & needed(self.state)
+        assert not gone & in_use(self.state)
+        assert purged_only([self.state]) == gone
+        for command in work(self.state):
+            if isinstance(command, Train):
+                assert command.impressions not in gone
+            if isinstance(command, Synthesise):
+                assert command.previous not in gone
 
     @invariant()
     def every_finished_round_is_whole_and_counted_once(self) -> None:
