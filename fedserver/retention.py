@@ -1,4 +1,4 @@
-"""Artifacts that go: what no run needs when the coordinator starts, impressions that were purged, results that were refused."""
+"""Artifacts that go: what no run needs when the coordinator starts, purged impressions, refused results."""
 
 import time
 from collections.abc import Iterable
