@@ -109,6 +109,8 @@ CALLS: dict[str, CallPolicy] = {
     "/fedcore.v1.Operations/GetConfig": _QUICK,
     "/fedcore.v1.Operations/SetDrain": _QUICK,
     "/fedcore.v1.Operations/GetSoftware": _QUICK,
+    # The model is built to find its size, once the compute process is free.
+    "/fedcore.v1.Operations/CheckPlan": CallPolicy(60.0, idempotent=True),
     "/fedcore.v1.Operations/WatchEvents": _WATCH,
     "/fedcore.v1.Impressions/ListImpressions": CallPolicy(30.0, idempotent=True),
     "/fedcore.v1.Impressions/GetImpressions": CallPolicy(30.0, idempotent=True),

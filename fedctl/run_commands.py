@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedcore.errors import PlanError
-from fedctl import run_export, run_logs
+from fedctl import run_export, run_logs, run_plan
 from fedctl.admin import Admin, get_run, list_records, open_admin
 from fedctl.asking import YesOption, agree, check_can_ask
 from fedctl.completion import RunArgument
@@ -166,6 +166,7 @@ def rounds(ctx: typer.Context, run: RunArgument, output: OutputOption = Output.T
     )
 
 
+app.command("plan")(run_plan.plan)
 app.command("logs")(run_logs.logs)
 app.command("export")(run_export.export)
 

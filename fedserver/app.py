@@ -45,6 +45,7 @@ from fedserver.checks import load_home
 from fedserver.compute_work import ComputeWork
 from fedserver.config import ServerConfig, ServerHome
 from fedserver.deliveries import Deliveries
+from fedserver.dry_run import DryRun
 from fedserver.grants import Grants
 from fedserver.health_facts import HealthFacts, Watched
 from fedserver.interceptors import edge_interceptors
@@ -99,6 +100,7 @@ class Coordinator:
     roster: Roster
     driver: RoundDriver
     compute: ComputeHost
+    work: ComputeWork
     health: HealthService
     facts: HealthFacts
     pool: ThreadPoolExecutor
@@ -205,6 +207,7 @@ def _assemble(places: ServerHome, config: ServerConfig, database: Database) -> C
         roster,
         driver,
         compute,
+        work,
         health,
         facts,
         pool,
@@ -282,7 +285,11 @@ async def _start_servers(
     sites = SitesService(parts.registry, parts.roster, driver, parts.certificates, SystemClock())
     sites_pb2_grpc.add_SitesServicer_to_server(sites, main)
     audit_pb2_grpc.add_AuditServicer_to_server(AuditService(parts.audit, parts.grants), main)
-    operations = OperationsService(config, driver, Journal(database), parts.facts)
+    journal = Journal(database)
+    dry_run = DryRun(
+        driver, parts.roster, parts.registry, journal, parts.work, parts.store, config.heartbeat_interval_s
+    )
+    operations = OperationsService(config, driver, journal, parts.facts, dry_run)
     operations_pb2_grpc.add_OperationsServicer_to_server(operations, main)
     impressions_pb2_grpc.add_ImpressionsServicer_to_server(impressions, main)
     health_pb2_grpc.add_HealthServicer_to_server(parts.health, main)

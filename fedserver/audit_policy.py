@@ -67,6 +67,7 @@ ACTIONS: dict[str, Rule] = {
     "/fedcore.v1.Operations/GetConfig": Rule("server.config"),
     "/fedcore.v1.Operations/SetDrain": Rule("server.drain", _AFTER),
     "/fedcore.v1.Operations/GetSoftware": Rule("server.software"),
+    "/fedcore.v1.Operations/CheckPlan": Rule("run.plan"),
     "/fedcore.v1.Operations/WatchEvents": Rule("run.logs"),
     "/fedcore.v1.Impressions/ListImpressions": Rule("impressions.list"),
     "/fedcore.v1.Impressions/GetImpressions": Rule("impressions.show"),

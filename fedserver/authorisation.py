@@ -21,6 +21,7 @@ _MEMBERS = frozenset({SITE, ANY_OPERATOR})
 _KNOWN = frozenset({ANY_OPERATOR})
 _READERS = frozenset(GRANTABLE)
 _OPERATORS = frozenset({OPERATOR})
+_PLANNERS = frozenset({VIEWER, OPERATOR})
 _ADMITTING = frozenset({OPERATOR, OWNER})
 _AUDITORS = frozenset({AUDITOR, OWNER})
 _OWNERS = frozenset({OWNER})
@@ -68,6 +69,7 @@ ROLES: dict[str, frozenset[str]] = {
     "/fedcore.v1.Operations/GetConfig": _READERS,
     "/fedcore.v1.Operations/SetDrain": _ADMITTING,
     "/fedcore.v1.Operations/GetSoftware": _READERS,
+    "/fedcore.v1.Operations/CheckPlan": _PLANNERS,
     "/fedcore.v1.Operations/WatchEvents": _READERS,
     "/fedcore.v1.Impressions/ListImpressions": _READERS,
     "/fedcore.v1.Impressions/GetImpressions": _READERS,

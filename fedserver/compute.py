@@ -4,7 +4,7 @@ A command may carry `compute`, the section of fedserver.toml (device, threads); 
 "auto".
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +29,7 @@ from fedserver.config import ComputeConfig
 from fedserver.own_images import OwnImages, read_scoring_images, read_test_images
 from fedserver.strategies import load_strategy
 from fedserver.strategies.base import MergeRequest, SiteReport, SiteUpdate, Strategy
-from fedserver.synthesis.bank import Bank
+from fedserver.synthesis.bank import Bank, bank_bytes
 from fedserver.synthesis.make import check_synthesis, make_bank
 from fedserver.synthesis.readiness import ready
 from fedserver.update_scores import score_updates
@@ -48,6 +48,7 @@ class ServerCompute:
         """Commands by name."""
         return {
             "initialise": self.initialise,
+            "measure": self.measure,
             "aggregate": self.aggregate,
             "synthesise": self.synthesise,
             "evaluate": self.evaluate,
@@ -85,6 +86,36 @@ class ServerCompute:
             "synthesises_once": strategy.synthesises_once,
             "overlaps": strategy.synthesis is not None and strategy.synthesis.overlap,
         }
+
+    def measure(self, args: dict[str, Any], job: Job) -> dict[str, Any]:
+        """How many bytes the plan's artifacts have, and what its strategy does with them. Nothing is written.
+
+        Raises as `initialise` does.
+        """
+        plan = plan_from_json(args["plan"])
+        _device(args)
+        strategy = load_strategy(plan)
+        with torch.random.fork_rng(devices=[]):
+            model = build_model(plan.model)
+        if strategy.synthesis is not None:
+            check_synthesis(plan, model, strategy.synthesis)
+        layout = _layout_of(model)
+        local = strategy.local_tensors(layout.names, layout.norm_names)
+        sent = [spec for spec in layout.specs if spec.name not in local]
+        update = coded_specs([*sent, *_extras(strategy, layout)], plan.transfer)
+        state = strategy.state_specs(layout.specs, layout.parameters)
+        bank = 0 if strategy.synthesis is None else bank_bytes(plan, model.head.in_features)
+        return {
+            "sizes": {
+                "model": _size(layout.specs), "update": _size(update), "state": _size(state), "impressions": bank,
+            },
+            "objective": strategy.objective,
+            "shares_state": strategy.shares_state,
+            "synthesises": strategy.synthesis is not None,
+            "synthesises_once": strategy.synthesises_once,
+            "overlaps": strategy.synthesis is not None and strategy.synthesis.overlap,
+            "averages": strategy.options.ema > 0,
+        }  # fmt: skip
 
     def aggregate(self, args: dict[str, Any], job: Job) -> dict[str, Any]:
         """Merge a round's updates, move the strategy's state on, average the model over rounds.
@@ -262,6 +293,10 @@ def _extras(strategy: Strategy, layout: _Layout) -> list[TensorSpec]:
                 f"strategy '{strategy.name}': update_extras names '{spec.name}', expected '{EXTRA_PREFIX}...'"
             )
     return extras
+
+
+def _size(specs: Iterable[TensorSpec]) -> int:
+    return sum(spec.size_bytes for spec in specs)
 
 
 def _path(text: str | None) -> Path | None:

@@ -4,6 +4,7 @@ Every result is a durable artifact before its event exists. A compute process th
 repeated a few times; recomputing gives the same bytes.
 """
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,18 @@ from pydantic import ValidationError
 from fedcore.artifact_store import ArtifactStore
 from fedcore.clock import Clock
 from fedcore.compute_host import ComputeHost, Progress
-from fedcore.errors import ComputeError, FedimpresError
-from fedcore.plan import describe_problems
+from fedcore.errors import ComputeError, FedimpresError, OverloadedError
+from fedcore.plan import Plan, describe_problems
+from fedcore.plan_forecast import Sizes
 from fedserver import round_events as ev
 from fedserver.directives import initialised_event
+from fedserver.forecast import Measure
 from fedserver.round_machine import Aggregate, EvaluateHere, Initialise, ScoreUpdates, Synthesise
 from fedserver.round_state import RunState
 
 ATTEMPTS = 3
+_MEASURE_WAIT_S = 45.0
+_MEASURED = 32
 log = structlog.get_logger(__name__)
 
 ComputeCommand = Initialise | Aggregate | Synthesise | EvaluateHere | ScoreUpdates
@@ -37,6 +42,7 @@ class ComputeWork:
         self._store = store
         self._clock = clock
         self._compute = compute
+        self._measured: dict[str, Measure] = {}
 
     async def perform(
         self, state: RunState, command: ComputeCommand, initial: str | None, on_progress: Progress
@@ -153,6 +159,27 @@ class ComputeWork:
 
     async def _run(self, command: str, on_progress: Progress, **args: Any) -> dict[str, Any]:
         return await self._host.run(command, {"compute": self._compute, **args}, on_progress)
+
+    async def measure(self, plan: Plan) -> Measure:
+        """How large a plan's artifacts are; what was found before is remembered.
+
+        Raises PlanError for a plan that can't be built, OverloadedError if the compute process is busy for long,
+        ComputeError if it dies.
+        """
+        key = plan.model_dump_json(include={"model", "strategy", "strategy_options", "transfer", "synthesis"})
+        if key not in self._measured:
+            try:
+                async with asyncio.timeout(_MEASURE_WAIT_S):
+                    found = await self._run("measure", lambda _: None, plan=plan.to_json())
+            except TimeoutError as error:
+                raise OverloadedError(
+                    f"the compute process has been busy with '{self._host.busy_with}' for {_MEASURE_WAIT_S:g} s",
+                    hint="ask again between two rounds; sizes that were found once are remembered",
+                ) from error
+            while len(self._measured) >= _MEASURED:
+                del self._measured[next(iter(self._measured))]
+            self._measured[key] = Measure(**{**found, "sizes": Sizes.model_validate(found["sizes"])})
+        return self._measured[key]
 
     def failed(self, command: ComputeCommand, reason: str) -> ev.Event:
         """The event that says that a command came to nothing."""

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pydantic import ValidationError
 
 from fedcore.database import Database
-from fedcore.errors import FedimpresError, StorageError
+from fedcore.errors import ConflictError, FedimpresError, StorageError
 from fedcore.plan import Plan, plan_from_json
 from fedserver.round_events import EVENT, Event
 from fedserver.round_machine import apply
@@ -34,7 +34,10 @@ class Journal:
         self._database = database
 
     async def submit(self, run: str, plan: Plan, *, request_id: str | None, submitted_by: str) -> Submission:
-        """Record a submission and return it; the one recorded before, if the same request was."""
+        """Record a submission and return it; the one recorded before, if the same request was.
+
+        Raises ConflictError if that request was made with another plan.
+        """
         now = datetime.now(UTC).isoformat(timespec="seconds")
 
         def write(connection: sqlite3.Connection) -> None:
@@ -53,6 +56,11 @@ class Journal:
         await self._database.write(write)
         for submission in self.submissions():
             if submission.run == run or (request_id is not None and submission.request_id == request_id):
+                if submission.plan != plan:
+                    raise ConflictError(
+                        f"request id {request_id!r:.80} is that of run {submission.run}, which has another plan",
+                        hint="give each submission an id of its own; repeat one only to try the same again",
+                    )
                 return submission
         raise StorageError(f"run {run} was recorded but can't be read back")
 
@@ -100,6 +108,13 @@ class Journal:
                     hint="restore the database from a backup",
                 ) from error
         return records
+
+    def newest(self, run: str, kinds: Sequence[str], limit: int) -> list[Event]:
+        """The newest events of some kinds, at most `limit`, in order. Raises StorageError if the database fails."""
+        marks = ", ".join("?" * len(kinds))
+        query = f"SELECT body FROM journal WHERE run = ? AND kind IN ({marks}) ORDER BY seq DESC LIMIT ?"  # noqa: S608
+        rows = self._database.read(lambda c: c.execute(query, (run, *kinds, limit)).fetchall())
+        return [EVENT.validate_json(body) for (body,) in reversed(rows)]
 
     def replay(self) -> list[tuple[Submission, RunState]]:
         """Every run with its state, the oldest first."""

@@ -161,17 +161,9 @@ class RoundDriver:
         return waiting_for(view.state, self._world(view))
 
     async def submit(self, plan: Plan, *, request_id: str | None, by: str) -> str:
-        """Queue a run; the same request id gives the same run. Returns its id.
-
-        Raises ConflictError if that request was made with another plan.
-        """
+        """Queue a run; the same request id gives the same run. Returns its id. Raises as `Journal.submit`."""
         run = f"{plan.name}-{secrets.token_hex(4)}"
         submission = await self._journal.submit(run, plan, request_id=request_id, submitted_by=by)
-        if submission.plan != plan:
-            raise ConflictError(
-                f"request id {request_id!r:.80} is that of run {submission.run}, which has another plan",
-                hint="give each submission an id of its own; repeat one only to try the same again",
-            )
         if submission.run not in self._views:  # new, or recorded by a call that was cut before it came here
             state = RunState(run=submission.run, plan=submission.plan)
             self._views[submission.run] = self._new_view(submission, state)

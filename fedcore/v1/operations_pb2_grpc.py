@@ -54,6 +54,11 @@ class OperationsStub:
                 request_serializer=fedcore_dot_v1_dot_operations__pb2.GetSoftwareRequest.SerializeToString,
                 response_deserializer=fedcore_dot_v1_dot_operations__pb2.GetSoftwareReply.FromString,
                 _registered_method=True)
+        self.CheckPlan = channel.unary_unary(
+                '/fedcore.v1.Operations/CheckPlan',
+                request_serializer=fedcore_dot_v1_dot_operations__pb2.CheckPlanRequest.SerializeToString,
+                response_deserializer=fedcore_dot_v1_dot_operations__pb2.CheckPlanReply.FromString,
+                _registered_method=True)
         self.WatchEvents = channel.unary_stream(
                 '/fedcore.v1.Operations/WatchEvents',
                 request_serializer=fedcore_dot_v1_dot_operations__pb2.WatchEventsRequest.SerializeToString,
@@ -92,6 +97,13 @@ class OperationsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckPlan(self, request, context):
+        """What a plan would ask of sites and coordinator. Changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchEvents(self, request, context):
         """What happened to a run, from the journal, the oldest first; with `follow` also what happens, until the run is over.
         """
@@ -121,6 +133,11 @@ def add_OperationsServicer_to_server(servicer, server):
                     servicer.GetSoftware,
                     request_deserializer=fedcore_dot_v1_dot_operations__pb2.GetSoftwareRequest.FromString,
                     response_serializer=fedcore_dot_v1_dot_operations__pb2.GetSoftwareReply.SerializeToString,
+            ),
+            'CheckPlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckPlan,
+                    request_deserializer=fedcore_dot_v1_dot_operations__pb2.CheckPlanRequest.FromString,
+                    response_serializer=fedcore_dot_v1_dot_operations__pb2.CheckPlanReply.SerializeToString,
             ),
             'WatchEvents': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchEvents,
@@ -236,6 +253,33 @@ class Operations:
             '/fedcore.v1.Operations/GetSoftware',
             fedcore_dot_v1_dot_operations__pb2.GetSoftwareRequest.SerializeToString,
             fedcore_dot_v1_dot_operations__pb2.GetSoftwareReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckPlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedcore.v1.Operations/CheckPlan',
+            fedcore_dot_v1_dot_operations__pb2.CheckPlanRequest.SerializeToString,
+            fedcore_dot_v1_dot_operations__pb2.CheckPlanReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,7 +34,7 @@ from fedserver.turns import Turns
 from fedserver.uploads import receive_model
 
 _TOKEN_TTL_S = 15 * 60.0
-_MAX_PLAN_BYTES = 1 << 20
+MAX_PLAN_BYTES = 1 << 20
 _MAX_REQUEST_ID = 200
 _MAX_REASON = 500
 
@@ -307,8 +307,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
 def _check_submission(request: admin_pb2.SubmitRunRequest) -> None:
     size = len(request.plan_toml.encode())
-    if size > _MAX_PLAN_BYTES:
-        raise PlanError(f"plan: {size} bytes of TOML, expected at most {_MAX_PLAN_BYTES} (1 MiB)")
+    if size > MAX_PLAN_BYTES:
+        raise PlanError(f"plan: {size} bytes of TOML, expected at most {MAX_PLAN_BYTES} (1 MiB)")
     if len(request.request_id) > _MAX_REQUEST_ID:
         raise ProtocolError(
             f"request id of {len(request.request_id)} characters, expected at most {_MAX_REQUEST_ID}"

@@ -7,7 +7,8 @@ from datetime import datetime
 from typing import Any
 
 from fedcore import tls as _tls  # noqa: F401 - before grpc
-from fedcore.errors import ProtocolError
+from fedcore.errors import PlanError, ProtocolError
+from fedcore.plan import parse_plan
 from fedcore.software import software
 from fedcore.text import printable
 from fedcore.v1 import operations_pb2, operations_pb2_grpc
@@ -15,12 +16,14 @@ from fedcore.version import software_version
 from fedserver.call_audit import note
 from fedserver.config import ServerConfig
 from fedserver.drain import Drain
+from fedserver.dry_run import DryRun
 from fedserver.effective_config import settings_of
 from fedserver.event_text import event_message, submission_message
 from fedserver.health_facts import HealthFacts
 from fedserver.interceptors import caller_of
 from fedserver.journal import Journal
 from fedserver.round_driver import RoundDriver
+from fedserver.services.admin import MAX_PLAN_BYTES
 
 _MAX_REASON = 300
 _PAGE_EVENTS = 500
@@ -30,12 +33,18 @@ class OperationsService(operations_pb2_grpc.OperationsServicer):
     """Message <-> what the parts say of themselves, nothing else."""
 
     def __init__(
-        self, config: ServerConfig, driver: RoundDriver, journal: Journal, health: HealthFacts
+        self,
+        config: ServerConfig,
+        driver: RoundDriver,
+        journal: Journal,
+        health: HealthFacts,
+        dry_run: DryRun,
     ) -> None:
         self._config = config
         self._driver = driver
         self._journal = journal
         self._health = health
+        self._dry_run = dry_run
 
     async def GetHealth(  # noqa: N802 - the name in the contract
         self, request: operations_pb2.GetHealthRequest, context: Any
@@ -87,6 +96,15 @@ class OperationsService(operations_pb2_grpc.OperationsServicer):
     ) -> operations_pb2.GetSoftwareReply:
         """Versions of what computes and talks here."""
         return operations_pb2.GetSoftwareReply(software_json=json.dumps(software()))
+
+    async def CheckPlan(  # noqa: N802
+        self, request: operations_pb2.CheckPlanRequest, context: Any
+    ) -> operations_pb2.CheckPlanReply:
+        """Say what a plan would meet."""
+        if (size := len(request.plan_toml.encode())) > MAX_PLAN_BYTES:
+            raise PlanError(f"plan: {size} bytes of TOML, expected at most {MAX_PLAN_BYTES} (1 MiB)")
+        found = await self._dry_run.check(parse_plan(request.plan_toml))
+        return operations_pb2.CheckPlanReply(forecast_json=found.model_dump_json())
 
     async def WatchEvents(  # noqa: N802
         self, request: operations_pb2.WatchEventsRequest, context: Any

@@ -161,6 +161,13 @@ class Strategy(ABC):
         """
         return []
 
+    def state_specs(self, specs: Sequence[TensorSpec], parameters: Collection[str]) -> list[TensorSpec]:
+        """What it keeps at the coordinator between rounds: only to tell beforehand how many bytes that is.
+
+        `specs` are the model's tensors, `parameters` the names of those that are trained.
+        """
+        return []
+
     def weights(self, reports: Sequence[SiteReport]) -> list[float]:
         """The share of each site in the merge, in the order given; they need not sum to one."""
         if self.options.weighting == "uniform":

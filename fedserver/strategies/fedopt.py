@@ -8,11 +8,13 @@ averages' bias, as there); Hsu et al. 2019, "Measuring the Effects of Non-Identi
 Visual Classification", arXiv:1909.06335 (momentum).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from fedcore.tensor_file import TensorSpec
 from fedserver.strategies.base import AdjustableOptions, MergeRequest, MergeResult, StrategyOptions
 from fedserver.strategies.fedavg import FedAvg
 
@@ -44,12 +46,20 @@ class FedOpt(FedAvg):
     Options: ClassVar[type[StrategyOptions]] = FedOptOptions
     options: FedOptOptions
 
+    @property
+    def _slots(self) -> list[str]:
+        return [FIRST] if self.options.server_optimizer == "momentum" else [FIRST, SECOND]
+
+    def state_specs(self, specs: Sequence[TensorSpec], parameters: Collection[str]) -> list[TensorSpec]:
+        """The moments of every trained tensor."""
+        trained = [spec for spec in specs if spec.name in parameters]
+        return [replace(spec, name=f"{slot}/{spec.name}") for slot in self._slots for spec in trained]
+
     def merge(self, request: MergeRequest) -> MergeResult:
         """Average, then step. Raises what `merge_with_step` raises."""
         from fedserver.server_step import merge_with_step
 
-        slots = [FIRST] if self.options.server_optimizer == "momentum" else [FIRST, SECOND]
-        return merge_with_step(request, self.weights, self._step, slots)
+        return merge_with_step(request, self.weights, self._step, self._slots)
 
     def _step(self, tensor: "ServerTensor") -> "tuple[Tensor, Mapping[str, Tensor]]":
         options = self.options

@@ -9,6 +9,7 @@ sites do, so that c stays the gradient of what is minimised; "uniform" is the pa
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -73,6 +74,10 @@ class Scaffold(Strategy):
             for spec in specs
             if spec.name in parameters
         ]
+
+    def state_specs(self, specs: Sequence[TensorSpec], parameters: Collection[str]) -> list[TensorSpec]:
+        """The server's variate, for every trained tensor."""
+        return [replace(spec, name=f"{VARIATE}/{spec.name}") for spec in specs if spec.name in parameters]
 
     def merge(self, request: MergeRequest) -> MergeResult:
         """Average models and variates. Raises what `merge_with_step` raises."""

@@ -8,6 +8,7 @@ generator's, here the images' own).
 Legend: M images, C channels, H x W pixels, K classes, D features.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fedcore.errors import StorageError
 from fedcore.models.state_file import load_tensors, save_state
+from fedcore.plan import Plan
 
 _TENSORS = ("images", "labels", "born", "soft_targets", "features")
 # Log-probabilities below this count for nothing, and float16 ends at 65504.
@@ -65,6 +67,14 @@ class Bank:
         if set(tensors) != set(_TENSORS) or len({len(tensor) for tensor in tensors.values()}) != 1:
             raise StorageError(f"{path}: not a bank of impressions, it holds {sorted(tensors)[:6]}")
         return cls(**tensors)
+
+
+def bank_bytes(plan: Plan, features: int) -> int:
+    """Payload bytes of a plan's whole bank. `features` is D."""
+    labels_and_born = 16
+    return plan.synthesis.images * (
+        math.prod(plan.model.input) + labels_and_born + 2 * plan.model.classes + 2 * features
+    )
 
 
 def class_sizes(count: int, classes: int, generator: torch.Generator) -> list[int]:

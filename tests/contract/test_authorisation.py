@@ -88,6 +88,7 @@ EXPECTED = {
     "fedcore.v1.Audit": {AUDITOR, OWNER},
     "fedcore.v1.Operations": READERS,
     "fedcore.v1.Operations/SetDrain": {OPERATOR, OWNER},
+    "fedcore.v1.Operations/CheckPlan": {VIEWER, OPERATOR},
     "fedcore.v1.Access": {OWNER},
     "fedcore.v1.Access/ListRoles": READERS,
     "fedcore.v1.Access/CanI": {ANY_OPERATOR},

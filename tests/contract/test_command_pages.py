@@ -42,7 +42,7 @@ TREE = {
 }
 # Not built yet. Whoever builds one takes it away here.
 MISSING = {
-    "fedctl run plan", "fedctl enroll request",
+    "fedctl enroll request",
     "fedctl model show", "fedctl model verify", "fedctl impression", "fedctl impression list",
     "fedctl impression show", "fedctl impression preview", "fedctl impression purge", "fedctl backup",
     "fedctl backup create", "fedctl backup verify", "fedctl backup restore",     "fedctl server debug-bundle",

@@ -1,4 +1,4 @@
-"""Running a real federation: health, drain, what happened to a run and how it is kept."""
+"""Running a real federation: health, drain, dry runs, what happened to a run and how it is kept."""
 
 import json
 import os
@@ -7,9 +7,10 @@ import subprocess
 
 import pytest
 
-from tests.federation_fixture import SITES, Federation, digits_plan, wait_until
+from tests.federation_fixture import PROBE, SITES, Federation, digits_plan, wait_until
 
 pytestmark = pytest.mark.slow
+IMPRESSING = digits_plan(rounds=3, strategy="fedimpres", strategy_options={"steps": 2, "gate": False})
 
 
 def facts(federation: Federation, expect: int) -> dict[str, dict[str, object]]:
@@ -17,6 +18,10 @@ def facts(federation: Federation, expect: int) -> dict[str, dict[str, object]]:
     said = federation.ctl("server", "health", "-o", "json", expect=expect).json
     assert said["healthy"] is (expect == 0)
     return {f"{fact['check']} {fact['subject']}".strip(): fact for fact in said["facts"]}
+
+
+def runs(federation: Federation) -> int:
+    return len(federation.ctl("run", "list", "-o", "json").json["runs"])
 
 
 def test_a_drain_lets_the_round_under_way_finish_and_health_tells_of_it(federation: Federation) -> None:
@@ -63,21 +68,37 @@ def test_a_stopped_compute_process_is_told(federation: Federation) -> None:
     assert "SIGSTOP" in str(found["compute"]["says"])
 
 
-def test_a_run_is_told_exported_and_repeated_from_its_export(federation: Federation) -> None:
-    plan = federation.plan(digits_plan(rounds=2))
+def test_a_run_is_foretold_told_exported_and_repeated_from_its_export(federation: Federation) -> None:
+    plan = federation.plan(IMPRESSING)
+    dry = federation.ctl("run", "plan", str(plan), "-o", "json").json
+    assert (dry["blocked"], [site["fits"] for site in dry["sites"]]) == ("", [True] * len(SITES))
+    before = runs(federation)
     run = federation.ctl("run", "submit", str(plan), "--request-id", "night-7", "-o", "json").json["run"]
     assert federation.wait(run).state == "DONE"
+    assert runs(federation) == before + 1, "the dry run left nothing behind"
+    records = federation.rounds(run)
+    for way in ("up", "down"):
+        moved = sum(record[f"bytes_{way}"] for record in records)
+        assert moved == sum(site[f"total_bytes_{way}"] for site in dry["sites"]), (
+            f"bytes {way} are as foretold"
+        )
+    measured = federation.ctl("run", "plan", str(plan), "-o", "json").json
+    assert (measured["not_measured"], measured["round_s"] > 0) == ([], True)
+    crowd = federation.plan(digits_plan((*SITES, PROBE), min_sites=4))
+    table = federation.ctl("run", "plan", str(crowd), expect=8)
+    assert "not connected" in table.out
+    assert federation.command("fedctl", "run", "plan", str(federation.plan(digits_plan([PROBE])))).code == 1
     again = federation.ctl("run", "submit", str(plan), "--request-id", "night-7", "-o", "json").json["run"]
     assert again == run, "a script that tries again gets the same run"
-    other = federation.plan(digits_plan(rounds=3))
+    other = federation.plan({**IMPRESSING, "rounds": 2})
     refused = federation.ctl("run", "submit", str(other), "--request-id", "night-7", expect=7)
     assert "has another plan" in refused.err
 
     lines = federation.ctl("run", "logs", run, "--follow").out.splitlines()
     assert len(lines) == 1 + len(federation.journal(run))
-    assert "run: submitted by admin: 2 rounds of fedavg" in lines[0]
+    assert "run: submitted by admin: 3 rounds of fedimpres" in lines[0]
     assert any("round 1 clinic-a: update is stored: " in line for line in lines)
-    assert lines[-1].endswith("run: DONE: 2 rounds finished")
+    assert lines[-1].endswith("run: DONE: 3 rounds finished")
     later = federation.ctl("run", "logs", run, "--since", "1ms", "-o", "json").json["events"]
     assert [event["kind"] for event in later] == ["run_finished"], (
         "how it ended is told whatever was asked for"

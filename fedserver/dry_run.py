@@ -1,0 +1,109 @@
+"""Brings together what a dry run of a plan needs: sizes, earlier runs, sites, disk. Changes nothing."""
+
+import asyncio
+import shutil
+from pathlib import Path
+
+from fedcore.artifact_store import ArtifactStore
+from fedcore.errors import FedimpresError
+from fedcore.plan import Plan
+from fedcore.plan_forecast import PlanForecast
+from fedserver.compute_work import ComputeWork
+from fedserver.forecast import Enrolled, Surroundings, forecast
+from fedserver.journal import Journal
+from fedserver.measured_rates import KINDS, NEWEST, Past, measured
+from fedserver.registry import Registry
+from fedserver.roster import Roster
+from fedserver.round_driver import RoundDriver
+from fedserver.strategies import load_strategy
+
+# Earlier runs that are looked at, the newest, and events of each.
+_RUNS = 20
+_EVENTS = 5000
+
+
+class DryRun:
+    """Answers what a plan would meet here. `heartbeat_interval_s` is that of the sites."""
+
+    def __init__(
+        self,
+        driver: RoundDriver,
+        roster: Roster,
+        registry: Registry,
+        journal: Journal,
+        work: ComputeWork,
+        store: ArtifactStore,
+        heartbeat_interval_s: float,
+    ) -> None:
+        self._driver = driver
+        self._roster = roster
+        self._registry = registry
+        self._journal = journal
+        self._work = work
+        self._store = store
+        self._heartbeat_interval_s = heartbeat_interval_s
+
+    async def check(self, plan: Plan) -> PlanForecast:
+        """The forecast of a plan.
+
+        Raises PlanError for what a submission would refuse of the plan itself, and as `ComputeWork.measure`.
+        """
+        load_strategy(plan)
+        measure = await self._work.measure(plan)
+        past = await asyncio.to_thread(self._past)
+        rates = measured(plan, past, measure.sizes.update + measure.sizes.impressions)
+        return forecast(plan, measure, rates, self._around(plan))
+
+    def _past(self) -> list[Past]:
+        views = self._driver.views()[-_RUNS:]
+        return [
+            Past(
+                view.state.run,
+                view.state.plan,
+                view.state.records[-NEWEST:],
+                self._journal.newest(view.state.run, KINDS, _EVENTS),
+            )
+            for view in views
+        ]
+
+    def _around(self, plan: Plan) -> Surroundings:
+        sites = {}
+        for row in self._registry.sites():
+            session = self._roster.sessions.get(row.id)
+            sites[row.id] = Enrolled(
+                row.id, row.enabled, session.capabilities if session is not None else None
+            )
+        drain = self._driver.draining
+        unknown = [site for site in plan.sites or () if site not in sites]
+        refused = f"site {', '.join(unknown)} is not enrolled: a submission is refused" if unknown else ""
+        return Surroundings(
+            sites=sites,
+            free_bytes=shutil.disk_usage(self._store.root).free,
+            waits_for=[view.state.run for view in self._driver.views() if not view.state.status.final],
+            held=drain.says if drain is not None else "",
+            refused=refused or self._without_initial(plan),
+            odd=[*_missing_files(plan)],
+            heartbeat_interval_s=self._heartbeat_interval_s,
+        )
+
+    def _without_initial(self, plan: Plan) -> str:
+        """Why the model that the plan starts from can't be had; a file of the operator's comes with the submission."""
+        initial = plan.training.initial
+        if initial is None or initial.endswith(".safetensors"):
+            return ""
+        try:
+            best = self._driver.view(initial).state.best
+        except FedimpresError as error:
+            return f"training.initial: {error.message}"
+        return (
+            "" if best is not None else f"training.initial: run {initial} has no finished round to start from"
+        )
+
+
+def _missing_files(plan: Plan) -> list[str]:
+    files = {"evaluation.data": plan.evaluation.data, "evaluation.updates_data": plan.evaluation.updates_data}
+    return [
+        f"{key}: no file {path} at the coordinator: its figures will be missing"
+        for key, path in files.items()
+        if path is not None and not Path(path).is_file()
+    ]
