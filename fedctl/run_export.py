@@ -15,6 +15,7 @@ import typer
 
 from fedcore.errors import ConflictError, FedimpresError, NotFoundError, StorageError
 from fedctl.admin import Admin, get_run, list_records, open_admin
+from fedctl.completion import RunArgument
 from fedctl.documents import FINAL_STATES, plan_document, run_document, site_document
 from fedctl.model_commands import choose_model, fetch_model, list_models, write_json
 from fedctl.render import Output, OutputOption, note, print_object
@@ -31,7 +32,7 @@ _INITIAL = "initial.safetensors"
 
 def export(
     ctx: typer.Context,
-    run: Annotated[str, typer.Argument(help="Id of the run, or a unique beginning of one.")],
+    run: RunArgument,
     out: Annotated[
         Path, typer.Option("--out", help="Folder to write; one of an earlier export of the run is completed.")
     ],

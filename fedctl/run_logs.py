@@ -9,6 +9,7 @@ import typer
 
 from fedcore.errors import ConfigError
 from fedctl.admin import Admin, get_run, open_admin
+from fedctl.completion import RunArgument
 from fedctl.documents import FINAL_STATES
 from fedctl.durations import parse_duration
 from fedctl.following import follow
@@ -22,7 +23,7 @@ _LAST = "run_finished"
 
 def logs(
     ctx: typer.Context,
-    run: Annotated[str, typer.Argument(help="Id of the run, or a unique beginning of one.")],
+    run: RunArgument,
     follow_: Annotated[
         bool, typer.Option("--follow", "-f", help="Go on with what happens, until the run is over.")
     ] = False,

@@ -68,11 +68,11 @@ class DryRun:
 
     def _around(self, plan: Plan) -> Surroundings:
         sites = {}
+        withheld = self._registry.withheld()
         for row in self._registry.sites():
             session = self._roster.sessions.get(row.id)
-            sites[row.id] = Enrolled(
-                row.id, row.enabled, session.capabilities if session is not None else None
-            )
+            why = withheld[row.id].reason if row.id in withheld else ""
+            sites[row.id] = Enrolled(row.id, why, session.capabilities if session is not None else None)
         drain = self._driver.draining
         unknown = [site for site in plan.sites or () if site not in sites]
         refused = f"site {', '.join(unknown)} is not enrolled: a submission is refused" if unknown else ""

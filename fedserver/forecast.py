@@ -39,10 +39,12 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Enrolled:
-    """A site as the coordinator knows it; `capabilities` is None while it is not connected."""
+    """A site as the coordinator knows it. `withheld` says why an operator gives it no work, empty if it may work;
+    `capabilities` is None while it is not connected.
+    """
 
     id: str
-    enabled: bool
+    withheld: str
     capabilities: federation_pb2.Capabilities | None
 
 
@@ -100,7 +102,7 @@ def forecast(plan: Plan, measure: Measure, rates: Rates, around: Surroundings) -
     expected = (
         plan.sites
         if plan.sites is not None
-        else tuple(sorted(site.id for site in around.sites.values() if site.enabled))
+        else tuple(sorted(site.id for site in around.sites.values() if not site.withheld))
     )
     moved = traffic(plan, measure, len(expected))
     sites = [_site(name, plan, measure, moved, rates, around.sites.get(name)) for name in expected]
@@ -166,8 +168,8 @@ def _why_not(plan: Plan, measure: Measure, site: Enrolled | None) -> str:
     """Why a site would not take part, in words; empty if it would."""
     if site is None:
         return "not enrolled here"
-    if not site.enabled:
-        return "disabled"
+    if site.withheld:
+        return site.withheld
     if site.capabilities is None:
         return "not connected"
     return unable_reason(RunState(run=plan.name, plan=plan, objective=measure.objective), site.capabilities)

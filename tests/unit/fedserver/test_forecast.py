@@ -48,7 +48,7 @@ def able(**changes: Any) -> federation_pb2.Capabilities:
 
 
 def around(*sites: Enrolled, **changes: Any) -> Surroundings:
-    present = sites or (Enrolled("a", True, able()), Enrolled("b", True, able()))
+    present = sites or (Enrolled("a", "", able()), Enrolled("b", "", able()))
     return Surroundings(sites={site.id: site for site in present}, **{"free_bytes": 10**9, **changes})
 
 
@@ -130,21 +130,25 @@ def test_sites_that_are_drawn_move_their_share():
 def test_each_site_says_whether_it_fits_and_why_not():
     plan = make_plan(sites=["a", "b", "c", "d", "e", "f"])
     sites = around(
-        Enrolled("a", True, able()),
-        Enrolled("b", False, None),
-        Enrolled("c", True, None),
-        Enrolled("d", True, able(models=["resnet18"])),
-        Enrolled("e", True, able(class_names=["x", "odd"])),
+        Enrolled("a", "", able()),
+        Enrolled("b", "disabled by operator ann", None),
+        Enrolled("c", "", None),
+        Enrolled("d", "", able(models=["resnet18"])),
+        Enrolled("e", "", able(class_names=["x", "odd"])),
         refused="site f is not enrolled",
     )
     found = forecast(plan, make_measure(), Rates(), sites)
     why = {site.site: site.why for site in found.sites}
     assert why["a"] == ""
-    assert (why["b"], why["c"], why["f"]) == ("disabled", "not connected", "not enrolled here")
+    assert (why["b"], why["c"], why["f"]) == (
+        "disabled by operator ann",
+        "not connected",
+        "not enrolled here",
+    )
     assert "model 'cnn' is not installed there" in why["d"]
     assert "class 'odd'" in why["e"]
     assert found.blocked == "site f is not enrolled"
-    assert forecast(plan, make_measure(), Rates(), around(Enrolled("a", True, able()))).blocked == (
+    assert forecast(plan, make_measure(), Rates(), around(Enrolled("a", "", able()))).blocked == (
         "1 of 6 sites fit, min_sites is 2"
     )
 
@@ -275,7 +279,7 @@ def test_impressions_that_nobody_sees_and_sites_that_differ_are_told():
     impressions = make_measure(synthesises=True)
     assert "no site will ever see" in odd(impressions, synthesis={"warmup_rounds": 5})[0]
     assert "fewer than one a class" in odd(impressions, synthesis={"images": 2})[0]
-    mixed = around(Enrolled("a", True, able(software_version="2")), Enrolled("b", True, able(num_examples=0)))
+    mixed = around(Enrolled("a", "", able(software_version="2")), Enrolled("b", "", able(num_examples=0)))
     assert odd(sites=mixed) == [
         "sites run different versions: 1, 2",
         "a connected site has no training images",
