@@ -52,7 +52,7 @@ def train_noop(request: TrainRequest, job: Job) -> TrainResult:
 
 
 def _moved(value: float, request: TrainRequest) -> float:
-    """`value` plus a step in [0.001, 1), or the step alone where the value is too large to show it."""
+    """`value` plus a step in [0.5, 1), all of a length as the gate wants them; the step alone where it would not show."""
     seed = derive_seed(request.plan.seed, "noop", request.round, request.site)
-    step = 0.001 + seed / 2**63 * 0.998
+    step = 0.5 + seed / 2**63 * 0.5
     return value + step if abs(value) < 1000 else step

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from fedcore.errors import PlanError
+from fedcore.plan_robustness import AggregationSection, GateSection, MeanRule, MultiKrumRule, TrimmedMeanRule
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
 Scalar = bool | int | float | str
@@ -141,6 +142,8 @@ class Plan(_Section):
     data: DataSection = DataSection()
     transform: TransformSection = TransformSection()
     evaluation: EvaluationSection = EvaluationSection()
+    gate: GateSection = GateSection()
+    aggregation: AggregationSection = MeanRule()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -169,7 +172,20 @@ class Plan(_Section):
         per_round = self.training.sites_per_round
         if per_round is not None and per_round < self.min_sites:
             raise ValueError(f"training.sites_per_round is {per_round}, below min_sites = {self.min_sites}")
+        self._check_rule()
         return self
+
+    def _check_rule(self) -> None:
+        """Raise ValueError for an aggregation rule that the number of sites can't bear."""
+        rule = self.aggregation
+        most = min(
+            len(self.sites) if self.sites is not None else 1 << 30, self.training.sites_per_round or 1 << 30
+        )
+        if isinstance(rule, TrimmedMeanRule | MultiKrumRule) and most < rule.least_sites:
+            raise ValueError(
+                f"aggregation: {rule.rule} with tolerate = {rule.tolerate} needs {rule.least_sites} sites a round, "
+                f"there are {most}"
+            )
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -189,6 +205,14 @@ class Plan(_Section):
     def to_json(self) -> str:
         """The plan as it travels."""
         return self.model_dump_json(exclude_none=True)
+
+    def to_site_json(self) -> str:
+        """The plan as sites get it: less what only the coordinator acts upon, and what else is at its
+        default and an agent of version 0.1 would not know."""
+        unknown = {"gate", "aggregation"}
+        if self.transfer == TransferSection():
+            unknown.add("transfer")
+        return self.model_dump_json(exclude_none=True, exclude=unknown)
 
 
 def parse_plan(text: str, source: str = "plan") -> Plan:

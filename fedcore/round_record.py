@@ -3,6 +3,7 @@
 from pydantic import BaseModel, ConfigDict
 
 from fedcore.impression_check import ImpressionCheck
+from fedcore.update_verdict import MergeFigures, UpdateVerdict
 
 
 class SiteFigures(BaseModel):
@@ -85,6 +86,9 @@ class RoundRecord(BaseModel):
     # Sites expected but not aggregated, with the reason.
     missing: dict[str, str] = {}
     attempts: int = 1
+    # What the gate found of each update, and how those that passed were merged; null in rounds of earlier versions.
+    gate: dict[str, UpdateVerdict] = {}
+    merge: MergeFigures | None = None
     # Digests, for the record.
     model: str = ""
     impressions_digest: str = ""

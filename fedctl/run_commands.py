@@ -158,7 +158,8 @@ def rounds(ctx: typer.Context, run: RunArgument, output: OutputOption = Output.T
     columns = [
         Column("ROUND", "round", True), Column("ACCURACY", "accuracy", True),
         Column("BALANCED", "balanced", True), Column("EXP/REG/STA/REP/AGG", "counts", True),
-        Column("IMPRESSIONS", "made", True), Column("REFUSED", "refused", True), Column("TIME", "time", True),
+        Column("GATE", "gate"), Column("IMPRESSIONS", "made", True), Column("REFUSED", "refused", True),
+        Column("TIME", "time", True),
         Column("UP", "up", True), Column("DOWN", "down", True), Column("MISSING", "missing", style="yellow"),
     ]  # fmt: skip
     print_rows(
@@ -241,12 +242,15 @@ def _refused(record: dict[str, Any]) -> str:
 
 
 def _round_row(record: dict[str, Any]) -> dict[str, Any]:
+    from fedcore.update_verdict import gate_summary
+
     counts = [record[key] for key in ("expected", "registered", "started", "reported", "aggregated")]
     return {
         "round": record["round"],
         "accuracy": percent(record.get("accuracy")),
         "balanced": percent(record.get("balanced_accuracy")),
         "counts": "/".join(map(str, counts)),
+        "gate": gate_summary(record.get("gate") or {}),
         "made": record.get("impressions", {}).get("made", 0),
         "refused": _refused(record),
         "time": format_duration(record.get("seconds", 0.0)),

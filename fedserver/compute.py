@@ -26,6 +26,7 @@ from fedcore.tensor_file import EXTRA_PREFIX, TensorManifest, TensorSpec, check_
 from fedcore.update_coding import coded_specs
 from fedserver.aggregation import average_over_rounds
 from fedserver.config import ComputeConfig
+from fedserver.merging import merge_round
 from fedserver.own_images import OwnImages, read_scoring_images, read_test_images
 from fedserver.strategies import load_strategy
 from fedserver.strategies.base import MergeRequest, SiteReport, SiteUpdate, Strategy
@@ -118,9 +119,9 @@ class ServerCompute:
         }  # fmt: skip
 
     def aggregate(self, args: dict[str, Any], job: Job) -> dict[str, Any]:
-        """Merge a round's updates, move the strategy's state on, average the model over rounds.
+        """Examine a round's updates, merge those that pass, move the strategy's state on, average the model over rounds.
 
-        Raises EmptyRoundError, LearningError, StorageError.
+        The digest is null, and `reason` says why, if too few pass. Raises LearningError, StorageError.
         """
         plan = plan_from_json(args["plan"])
         _device(args)
@@ -142,15 +143,25 @@ class ServerCompute:
             state_out=Path(args["state_out"]),
             num_sites=int(args["num_sites"]),
             transfer=plan.transfer,
+            rule=plan.aggregation,
         )
-        result = strategy.merge(request)
+        found = merge_round(strategy, request, plan, args["registered_examples"])
+        answer = {
+            "rejected": found.rejected,
+            "verdicts": {site: verdict.model_dump() for site, verdict in found.verdicts.items()},
+            "reason": found.reason,
+        }
+        if found.merged is None:
+            return {**answer, "digest": None}
+        released_out = Path(args["released_out"])
         return {
-            "digest": result.digest,
-            "accepted": list(result.accepted),
-            "rejected": dict(result.rejected),
-            "state_digest": result.state_digest,
+            **answer,
+            "digest": found.merged.digest,
+            "accepted": list(found.merged.accepted),
+            "merge": found.merged.figures.model_dump(),
+            "state_digest": found.merged.state_digest,
             "released_digest": _release(
-                strategy, request, previous=_path(args["released"]), out=Path(args["released_out"])
+                strategy, request, previous=_path(args["released"]), out=released_out
             ),
         }
 

@@ -125,7 +125,16 @@ class ComputeWork:
                 model=str(self._store.find(command.model)), updates=updates, out=str(out),
                 state=self._path(command.strategy_state), state_out=str(state_out),
                 released=self._path(command.released), released_out=str(released_out),
+                registered_examples=dict(command.registered_examples),
             )  # fmt: skip
+            if result["digest"] is None:
+                return ev.AggregationFailed(
+                    at=self._clock.wall(),
+                    round=command.round,
+                    reason=result["reason"],
+                    rejected=result["rejected"],
+                    verdicts=result["verdicts"],
+                )
             self._store.adopt(out, result["digest"])
             if result["state_digest"] is not None:
                 self._store.adopt(state_out, result["state_digest"])
@@ -142,6 +151,8 @@ class ComputeWork:
             rejected=result["rejected"],
             released=result["released_digest"],
             strategy_state=result["state_digest"],
+            verdicts=result["verdicts"],
+            merge=result["merge"],
         )
 
     async def _score_updates(

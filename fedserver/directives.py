@@ -26,7 +26,7 @@ def train_directive(
         run=state.run,
         round=command.round,
         model=tensor_pb2.ArtifactRef(digest=command.model, payload_bytes=model_bytes),
-        plan_json=state.plan.to_json(),
+        plan_json=state.plan.to_site_json(),
         objective=state.objective,
         objective_options_json=state.objective_options_json,
         local_tensors=state.local_tensors,
@@ -49,7 +49,7 @@ def evaluate_directive(state: RunState, command: Evaluate, model_bytes: int) -> 
             run=state.run,
             round=command.round,
             model=tensor_pb2.ArtifactRef(digest=command.model, payload_bytes=model_bytes),
-            plan_json=state.plan.to_json(),
+            plan_json=state.plan.to_site_json(),
             local_tensors=state.local_tensors,
         )
     )

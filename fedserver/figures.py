@@ -96,6 +96,8 @@ def round_record(state: RunState, current: Round, now: float, bytes_down: int) -
         bytes_down=bytes_down,
         missing=_missing(current),
         attempts=current.attempt,
+        gate=dict(sorted(current.verdicts.items())),
+        merge=current.merge,
         model=current.released or "",
         impressions_digest=current.new_impressions or "",
         training={

@@ -157,7 +157,10 @@ class Roster:
             for site, at in self._left.items()
         }
         for site, session in self._sessions.items():
-            result[site] = Presence(True, unable.get(site, ""), session.since, session.last_progress)
+            result[site] = Presence(
+                connected=True, unable=unable.get(site, ""), since=session.since,
+                last_progress=session.last_progress, num_examples=session.capabilities.num_examples,
+            )  # fmt: skip
         for site, why in withheld.items():
             known = result.get(site) or Presence(connected=False, unable="", since=0.0, last_progress=0.0)
             result[site] = replace(known, withheld=why)

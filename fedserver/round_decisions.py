@@ -36,6 +36,8 @@ class Presence:
     # When its work was last seen to move.
     last_progress: float
     withheld: Withheld | None = None
+    # Training images that it says it has; 0 if it said nothing.
+    num_examples: int = 0
 
     @property
     def able(self) -> bool:
@@ -135,6 +137,7 @@ def _decide_opening(state: RunState, world: World) -> tuple[ev.Event, ...]:
             registered=here,
             reason=reason,
             absent={site: _why(site, world) for site in absent},
+            registered_examples={site: n for site in here if (n := world.sites[site].num_examples) > 0},
         ),
     )
 

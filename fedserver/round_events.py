@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from fedcore.impression_check import ImpressionCheck
+from fedcore.update_verdict import MergeFigures, UpdateVerdict
 
 # JSON has no NaN: one in the journal would come back as null, which no replay gets past. So it is refused at once.
 _FACT = ConfigDict(frozen=True, allow_inf_nan=False)
@@ -86,6 +87,8 @@ class RoundOpened(_Event):
     reason: str
     # Why each expected site that is not registered is not.
     absent: dict[str, str] = {}
+    # Training images that each registered site has said it has; sites that said nothing are not in it.
+    registered_examples: dict[str, int] = {}
 
 
 class TaskStarted(_Event):
@@ -138,15 +141,18 @@ class AggregationFinished(_Event):
     rejected: dict[str, str]
     released: str | None = None
     strategy_state: str | None = None
+    verdicts: dict[str, UpdateVerdict] = {}
+    merge: MergeFigures | None = None
 
 
 class AggregationFailed(_Event):
-    """No update could be used. `rejected` says why, a site."""
+    """Too few updates could be used, or none could be merged. `rejected` says why, a site."""
 
     kind: Literal["aggregation_failed"] = "aggregation_failed"
     round: int
     reason: str
     rejected: dict[str, str]
+    verdicts: dict[str, UpdateVerdict] = {}
 
 
 class SynthesisFinished(_Event):

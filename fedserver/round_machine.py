@@ -8,7 +8,6 @@ An event is applied only after it is journalled, so replaying the journal gives 
 all that recovery has to do.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -49,6 +48,8 @@ class Aggregate:
     updates: tuple[tuple[str, str, ev.Report], ...]
     strategy_state: str | None = None
     released: str | None = None
+    # Training images that sites had said they have when the round opened: (site, number).
+    registered_examples: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,12 @@ def _round_work(state: RunState, current: Round) -> tuple[Command, ...]:
         updates = tuple(
             (s, current.reported[s].digest, current.reported[s].report) for s in sorted(current.reported)
         )
-        return (Aggregate(current.number, state.model, updates, state.strategy_state, state.released),)
+        return (
+            Aggregate(
+                current.number, state.model, updates, state.strategy_state, state.released,
+                tuple(sorted(current.registered_examples.items())),
+            ),
+        )  # fmt: skip
     if state.stage is Stage.EVALUATING:
         released = current.released
         assert released is not None
@@ -238,7 +244,7 @@ def _apply_to_round(state: RunState, event: ev.Event) -> RunState:
             return _aggregated(state, current, event)
         case ev.AggregationFailed():
             _expect(state, state.stage is Stage.AGGREGATING, event)
-            return _to_opening(_reject(state, current, event.rejected), event.reason)
+            return _to_opening(_reject(state, current, event), event.reason)
         case ev.SynthesisFinished():
             # A bank that was begun from one that has been purged meanwhile holds pictures of it.
             from_present = event.previous in (None, state.impressions)
@@ -314,6 +320,7 @@ def _open(state: RunState, event: ev.RoundOpened) -> RunState:
     # A repetition keeps the updates that are there, made from the same global model, and the impressions made beside it.
     before = state.current
     kept = before.reported if before is not None else {}
+    known = before.registered_examples if before is not None else {}
     current = Round(
         number=event.round,
         attempt=event.attempt,
@@ -321,6 +328,7 @@ def _open(state: RunState, event: ev.RoundOpened) -> RunState:
         registered=tuple(sorted({*event.registered, *kept})),
         opened_at=before.opened_at if before is not None else event.at,
         absent=MappingProxyType(dict(event.absent)),
+        registered_examples=MappingProxyType({**known, **event.registered_examples}),
         started=frozenset(kept),
         reported=MappingProxyType(dict(kept)),
     )
@@ -331,6 +339,7 @@ def _open(state: RunState, event: ev.RoundOpened) -> RunState:
             synthesised_at=before.synthesised_at,
             new_impressions=before.new_impressions,
             synthesis_figures=before.synthesis_figures,
+            verdicts=before.verdicts,
         )
     elif not _wants_impressions(state, event.round):
         current = replace(current, synthesised=(0, ""))
@@ -344,16 +353,24 @@ def _open(state: RunState, event: ev.RoundOpened) -> RunState:
     )
 
 
-def _reject(state: RunState, current: Round, rejected: Mapping[str, str]) -> RunState:
+def _reject(
+    state: RunState, current: Round, event: ev.AggregationFinished | ev.AggregationFailed
+) -> RunState:
     """Drop updates that the gate refused, so that a repetition asks those sites again."""
-    kept = {s: u for s, u in current.reported.items() if s not in rejected}
-    return replace(state, current=replace(current, reported=MappingProxyType(kept), rejected=dict(rejected)))
+    kept = {s: u for s, u in current.reported.items() if s not in event.rejected}
+    changed = replace(
+        current,
+        reported=MappingProxyType(kept),
+        rejected=dict(event.rejected),
+        verdicts=MappingProxyType({**current.verdicts, **event.verdicts}),
+    )
+    return replace(state, current=changed)
 
 
 def _aggregated(state: RunState, current: Round, event: ev.AggregationFinished) -> RunState:
     if len(event.accepted) < state.plan.min_sites:
         why = f"only {len(event.accepted)} updates passed the gate, min_sites is {state.plan.min_sites}"
-        return _to_opening(_reject(state, current, event.rejected), why)
+        return _to_opening(_reject(state, current, event), why)
     changed = replace(
         current,
         model=event.model,
@@ -361,6 +378,8 @@ def _aggregated(state: RunState, current: Round, event: ev.AggregationFinished) 
         strategy_state=event.strategy_state or state.strategy_state,
         accepted=event.accepted,
         rejected=dict(event.rejected),
+        verdicts=MappingProxyType({**current.verdicts, **event.verdicts}),
+        merge=event.merge,
         aggregated_at=event.at,
     )
     return replace(state, current=changed, stage=Stage.EVALUATING, reason="sites evaluate the new model")

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from fedcore.plan import Plan
 from fedcore.round_record import RoundRecord
+from fedcore.update_verdict import MergeFigures, UpdateVerdict
 from fedserver.round_events import Metrics, Report, UpdatesScored
 
 K = TypeVar("K")
@@ -67,6 +68,7 @@ class Round:
     registered: tuple[str, ...]
     opened_at: float
     absent: Mapping[str, str] = field(default_factory=dict)
+    registered_examples: Mapping[str, int] = field(default_factory=dict)
     started: frozenset[str] = frozenset()
     reported: Mapping[str, Update] = field(default_factory=dict)
     let_go: Mapping[str, str] = field(default_factory=dict)
@@ -80,6 +82,9 @@ class Round:
     aggregated_at: float | None = None
     accepted: tuple[str, ...] = ()
     rejected: Mapping[str, str] = field(default_factory=dict)
+    # What the gate found, those of attempts that failed included, and how the updates were merged.
+    verdicts: Mapping[str, UpdateVerdict] = field(default_factory=dict)
+    merge: MergeFigures | None = None
     evaluations: Mapping[str, tuple[Metrics, ...]] = field(default_factory=dict)
     not_evaluated: Mapping[str, str] = field(default_factory=dict)
     # What local training did to each class, where the plan asks for it.

@@ -1,8 +1,8 @@
 """A step of the server's own after the mean: momentum, adaptive optimisers, control variates.
 
-The sites' mean is written first; then each trained tensor is moved by a rule that sees where the round began,
-the mean, and what the strategy keeps for this tensor. One tensor is in memory at a time, so memory grows
-neither with the number of sites nor with the depth of the model.
+The sites' mean (or what the plan's `[aggregation]` has in its place) is written first; then each trained tensor is moved
+by a rule that sees where the round began, the mean, and what the strategy keeps for this tensor. One tensor is in memory
+at a time, so memory grows neither with the number of sites nor with the depth of the model.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from torch import Tensor
 from fedcore.errors import LearningError
 from fedcore.models.state_file import TORCH_DTYPES
 from fedcore.tensor_file import EXTRA_PREFIX, TensorManifest, TensorSpec
-from fedserver.aggregation import Weigh, merge_by_weighted_mean
+from fedserver.aggregation import Weigh, merge_updates
 from fedserver.strategies.base import MergeRequest, MergeResult
 from fedserver.tensor_source import TensorFile
 
@@ -44,14 +44,14 @@ Rule = Callable[[ServerTensor], tuple[Tensor, Mapping[str, Tensor]]]
 
 
 def merge_with_step(request: MergeRequest, weigh: Weigh, rule: Rule, slots: Sequence[str]) -> MergeResult:
-    """Average the updates, then move every trained tensor by `rule`; buffers keep their mean.
+    """Merge the updates, then move every trained tensor by `rule`; buffers stay as they were merged.
 
     `slots` name what the rule keeps a tensor: the strategy's state is the file of tensors `SLOT/NAME`, of each
-    tensor's own shape and dtype. Raises what `merge_by_weighted_mean` raises, and LearningError if a step leaves
+    tensor's own shape and dtype. Raises what `merge_updates` raises, and LearningError if a step leaves
     what the dtype can hold.
     """
     with _beside(request.out, "mean") as mean_path, _beside(request.out, "extras") as extras_path:
-        merged = merge_by_weighted_mean(replace(request, out=mean_path), weigh, extras_out=extras_path)
+        merged = merge_updates(replace(request, out=mean_path), weigh, extras_out=extras_path)
         step = _Step(request, mean_path, extras_path, len(merged.accepted))
         digest, state_digest = step.write(rule, slots)
     return replace(merged, digest=digest, state_digest=state_digest)

@@ -22,12 +22,13 @@ def config_hash(
     forgetting_rounds: int = FORGETTING_ROUNDS,
     reference: str = "",
     check_impressions: bool = False,
+    attacks: Mapping[str, str] | None = None,
 ) -> str:
     """16 hexadecimal digits that name a configuration: plan less its name and defaults, split, device, threads.
 
     `reference` tells pooled training and single sites from a federation, `check_impressions` a federation whose sites
-    check the impressions that they get from one whose sites don't. Raises PlanError if the plan's
-    initial model is not there.
+    check the impressions that they get from one whose sites don't; `attacks` are those of bad sites. Raises
+    PlanError if the plan's initial model is not there.
     """
     # Less what is at its default: an option that a later version adds changes no name.
     document = plan.model_dump(mode="json", exclude_defaults=True)
@@ -40,6 +41,8 @@ def config_hash(
     parts = [document, initial, sites, device, threads, forgetting_rounds, reference]
     if check_impressions:
         parts.append("checks impressions")
+    if attacks:
+        parts.append(["attacks", dict(attacks)])
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

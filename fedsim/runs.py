@@ -21,6 +21,7 @@ from fedcore.plan import Plan
 from fedcore.round_record import RoundRecord
 from fedcore.version import software_version
 from fedserver.round_events import Event
+from fedsim.attacks import Attack
 from fedsim.identity import FORGETTING_ROUNDS, config_hash
 from fedsim.showing import RUN_FILE
 from fedsim.simulation import OnRound, Outcome, Simulation
@@ -64,6 +65,7 @@ def run(
     forgetting_rounds: int = FORGETTING_ROUNDS,
     check_impressions: bool = True,
     command: str = "",
+    attacks: Mapping[str, Attack] | None = None,
 ) -> Result:
     """Simulate `plan` with the sites of `federation`.
 
@@ -72,7 +74,7 @@ def run(
     `check_impressions` is each site's check of the impressions that it gets (docs/privacy.md).
     `on_round(record, model)` is called after each round; the file `model` is there until it returns. `out`
     keeps the results, with `command` as the way to repeat them; without it they last as long as the Result.
-    torch's settings are put back in the end.
+    torch's settings are put back in the end. `attacks` names sites that send something else than what they trained.
 
     A run whose sites or rounds fail ends in the state FAILED or DEGRADED, as in production. Raises PlanError,
     DataError, ComputeError (no such device), ConflictError (`out` holds a run), StorageError.
@@ -91,6 +93,7 @@ def run(
             forgetting_rounds=forgetting_rounds,
             on_round=on_round,
             check_impressions=check_impressions,
+            attacks=attacks,
         )
         outcome = simulation.perform()
         folder = out if out is not None else Path(tempfile.mkdtemp(prefix="fedsim-"))
@@ -107,6 +110,7 @@ def run(
                 threads=threads,
                 forgetting_rounds=forgetting_rounds,
                 check_impressions=check_impressions,
+                attacks=attacks,
             ),
             split=split,
             hardware=hardware_name(opened),

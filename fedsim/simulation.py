@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from fedcore.artifact_store import ArtifactStore
 from fedcore.clock import SystemClock
 from fedcore.compute_host import ComputeHost, Progress
@@ -22,8 +24,10 @@ from fedcore.data.benchmark_sets import Federation
 from fedcore.data.partition import class_counts
 from fedcore.device import ComputeDevice
 from fedcore.errors import FedimpresError, InternalError, PlanError
+from fedcore.models.state_file import load_tensors, save_state
 from fedcore.plan import Plan
 from fedcore.round_record import RoundRecord
+from fedcore.seeding import derive_seed
 from fedcore.tensor_file import read_manifest
 from fedserver import round_events as ev
 from fedserver.compute import ServerCompute
@@ -32,6 +36,7 @@ from fedserver.round_decisions import Presence, World, decide
 from fedserver.round_machine import Evaluate, Synthesise, Train, apply, work
 from fedserver.round_state import RunState
 from fedserver.strategies import load_strategy
+from fedsim.attacks import Attack, attacked
 from fedsim.forgetting import ForgettingMeter
 from fedsim.identity import initial_model_path
 from fedsim.sites import MemoryImages, QuietJob, SimulatedSites, joined, plan_images
@@ -87,11 +92,15 @@ class Simulation:
         forgetting_rounds: int,
         on_round: OnRound | None,
         check_impressions: bool,
+        attacks: Mapping[str, Attack] | None = None,
     ) -> None:
         """`folder` takes artifacts and sites' state; it must be empty. Raises DataError, PlanError."""
         self._plan = plan
         self._device = device
         self._check_impressions = check_impressions
+        self._attacks = attacks or {}
+        if self._attacks and plan.transfer.updates != "lossless":
+            raise PlanError("plan: transfer.updates must be 'lossless' where sites attack")
         self._compute = {"device": device_option, "threads": device.threads}
         self._folder = folder
         self._on_round = on_round
@@ -166,12 +175,20 @@ class Simulation:
 
     def _world(self) -> World:
         """Everybody is here, and no time passes that could decide anything."""
-        present = Presence(connected=True, unable="", since=0.0, last_progress=0.0)
         return World(
             now=0.0,
             wall=self._clock.wall(),
             stage_since=0.0,
-            sites=dict.fromkeys(self._site_names, present),
+            sites={
+                site: Presence(
+                    connected=True,
+                    unable="",
+                    since=0.0,
+                    last_progress=0.0,
+                    num_examples=len(self._images[site].train),
+                )
+                for site in self._site_names
+            },
             bytes_down=self._bytes_down,
         )
 
@@ -218,6 +235,8 @@ class Simulation:
                 QuietJob(),
             )
             digest, report = str(result["digest"]), ev.Report.model_validate(result["report"])
+            if site in self._attacks:
+                digest = self._attack(site, number, model, out)
             update = self._store.adopt(out, digest)
             if number >= self._first_measured:
                 self._measure(site, number, model, update)
@@ -265,6 +284,16 @@ class Simulation:
             # Production synthesises beside the sites' work; here it had to wait for them.
             event = event.model_copy(update={"at": event.at - waited})
         self._happen(event)
+
+    def _attack(self, site: str, number: int, start: Path, update: Path) -> str:
+        """Put what a bad site sends in the place of its update; returns its digest."""
+        seed = derive_seed(self._plan.seed, "attack", number, site)
+        generator = torch.Generator().manual_seed(seed)
+        tensors = attacked(self._attacks[site], load_tensors(start), load_tensors(update), generator)
+        other = self._store.new_path()  # the tensors may still lie in a map of the update's file
+        digest = save_state(other, tensors)
+        other.replace(update)
+        return digest
 
     def _measure(self, site: str, number: int, start: Path, update: Path) -> None:
         if self._plan.model.name == "noop":

@@ -12,6 +12,7 @@ from fedcore.report.charts import Series, bars, line_chart, percent, stacked_col
 from fedcore.report.closeness import closeness
 from fedcore.report.local_training import local_training
 from fedcore.report.style import CSS
+from fedcore.update_verdict import gate_summary
 
 if TYPE_CHECKING:
     from fedcore.report.pictures import Pictures
@@ -220,7 +221,7 @@ def _round_table(records: Sequence[Record]) -> str:
     if not records:
         return ""
     heads = ["round", "accuracy", "balanced", "validation", "expected", "registered", "started", "reported"]
-    heads += ["aggregated", "made / used", "seconds", "up", "down"]
+    heads += ["aggregated", "passed the gate", "made / used", "seconds", "up", "down"]
     notes = [_notes(record) for record in records]
     rows = []
     for record, note in zip(records, notes, strict=True):
@@ -229,6 +230,7 @@ def _round_table(records: Sequence[Record]) -> str:
         used = sum((impressions.get("used") or {}).values())
         shares = [_share(record.get(k)) for k in ("accuracy", "balanced_accuracy", "validation_accuracy")]
         cells = [str(record["round"]), *shares, *map(str, counts)]
+        cells += [gate_summary(record.get("gate") or {})]
         cells += [f"{impressions.get('made', 0)} / {used}", f"{record.get('seconds', 0.0):.1f}"]
         cells += [_bytes(record.get("bytes_up", 0)), _bytes(record.get("bytes_down", 0))]
         missed = ' class="missed"' if record.get("missing") or counts[-1] < counts[0] else ""
@@ -240,7 +242,8 @@ def _round_table(records: Sequence[Record]) -> str:
     intro = (
         '<p class="soft">Five counts of sites a round: expected by the plan, registered when it opened, '
         "started, reported (update durable at the coordinator), aggregated. "
-        "A round that missed a site stands out. Impressions: made after it, used by all sites in it.</p>"
+        "A round that missed a site stands out. Passed the gate: updates, and the longest of them in medians of the "
+        "round. Impressions: made after it, used by all sites in it.</p>"
     )
     return f'<div class="grid">{_card("Every round", intro + table)}</div>'
 

@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedcore.plan import Options as PlanOptions
 from fedcore.plan import Plan, TransferSection
+from fedcore.plan_robustness import AggregationSection, MeanRule
 from fedcore.tensor_file import TensorSpec
+from fedcore.update_verdict import MergeFigures
 from fedserver.synthesis.options import SynthesisOptions
 
 Weighting = Literal["examples", "uniform"]
@@ -96,6 +98,8 @@ class MergeRequest:
     num_sites: int = 0
     # How the updates travelled.
     transfer: TransferSection = field(default_factory=TransferSection)
+    # How updates are merged; a strategy weighs them and steps from the merged model, whatever the rule.
+    rule: AggregationSection = field(default_factory=MeanRule)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +113,7 @@ class MergeResult:
     accepted: tuple[str, ...]
     rejected: Mapping[str, str] = field(default_factory=dict)
     state_digest: str | None = None
+    figures: MergeFigures = field(default_factory=MergeFigures)
 
 
 class Strategy(ABC):
@@ -175,10 +180,11 @@ class Strategy(ABC):
         return [float(report.num_examples) for report in reports]
 
     def merge(self, request: MergeRequest) -> MergeResult:
-        """Merge a round's updates into a new model at `request.out`: the weighted mean, unless overridden.
+        """Merge a round's updates, which have passed the gate, into a new model at `request.out`, by `request.rule`.
 
-        Raises EmptyRoundError if no update passes the gate.
+        Who overrides it calls `merge_updates` too, or refuses other rules than the mean in `check`. Raises
+        EmptyRoundError if no update is usable.
         """
-        from fedserver.aggregation import merge_by_weighted_mean
+        from fedserver.aggregation import merge_updates
 
-        return merge_by_weighted_mean(request, self.weights)
+        return merge_updates(request, self.weights)

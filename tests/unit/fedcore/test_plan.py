@@ -8,6 +8,7 @@ import pytest
 
 from fedcore.errors import PlanError
 from fedcore.plan import load_plan, parse_plan, plan_from_json, validate_plan
+from fedcore.plan_robustness import MeanRule, TrimmedMeanRule
 
 SMALLEST = """
 name = "blood"
@@ -145,3 +146,25 @@ def test_files_that_are_no_plans(tmp_path: Path) -> None:
         load_plan(tmp_path / "missing.toml")
     with pytest.raises(PlanError):
         plan_from_json("not json")
+
+
+def test_rules_against_bad_updates_have_options_of_their_own() -> None:
+    plan = parse_plan(
+        SMALLEST + '[aggregation]\nrule = "trimmed_mean"\ntolerate = 2\n[gate]\nnorm_factor = 4'
+    )
+    assert plan.aggregation == TrimmedMeanRule(rule="trimmed_mean", tolerate=2)
+    assert plan_from_json(plan.to_json()) == plan
+    assert parse_plan(SMALLEST).aggregation == MeanRule()
+    with pytest.raises(PlanError, match=r"unknown key 'aggregation.median.tolerate'"):
+        parse_plan(SMALLEST + '[aggregation]\nrule = "median"\ntolerate = 2')
+    with pytest.raises(PlanError, match=r"'mean', 'median', 'trimmed_mean', 'multi_krum', 'norm_clip'"):
+        parse_plan(SMALLEST + '[aggregation]\nrule = "average"')
+    with pytest.raises(PlanError, match=r"multi_krum with tolerate = 1 needs 5 sites a round, there are 4"):
+        parse_plan('sites = ["a", "b", "c", "d"]\n' + SMALLEST + '[aggregation]\nrule = "multi_krum"')
+
+
+def test_sites_get_a_plan_that_agents_of_the_version_before_can_read() -> None:
+    plan = parse_plan(SMALLEST + '[aggregation]\nrule = "median"\n[gate]\nnorm_factor = 4')
+    document = json.loads(plan.to_site_json())
+    assert not {"gate", "aggregation"} & document.keys()
+    assert plan_from_json(plan.to_site_json()).training == plan.training

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from fedcore.errors import EmptyRoundError, LearningError
 from fedcore.models.state_file import load_tensors, save_state
-from fedserver import aggregation
-from fedserver.aggregation import merge_by_weighted_mean, normalised, variance_partner
+from fedserver import tensor_blocks
+from fedserver.aggregation import merge_updates, normalised, variance_partner
 from fedserver.strategies.base import MergeRequest, SiteReport, SiteUpdate
 
 
@@ -26,7 +26,7 @@ def merge(folder, states, counts, *, model=None, local=(), weigh=by_examples, na
     for (site, state), count in zip(states.items(), counts, strict=True):
         save_state(folder / site, state)
         updates.append(SiteUpdate(folder / site, SiteReport(site, count)))
-    result = merge_by_weighted_mean(MergeRequest(7, global_model, updates, local, folder / name), weigh)
+    result = merge_updates(MergeRequest(7, global_model, updates, local, folder / name), weigh)
     return result, load_tensors(folder / name)
 
 
@@ -86,7 +86,7 @@ def test_local_tensors_come_from_the_global_model(tmp_path):
 
 
 def test_tensors_longer_than_a_block_are_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(aggregation, "BLOCK", 8)
+    monkeypatch.setattr(tensor_blocks, "BLOCK", 8)
     states = {s: {"w": torch.rand(5, 7), "b": torch.rand(8), "e": torch.empty(0)} for s in "ab"}
     _, merged = merge(tmp_path, states, [1, 1])
     expected = (states["a"]["w"].double() * 0.5 + states["b"]["w"].double() * 0.5).float()
@@ -185,7 +185,7 @@ def test_a_damaged_file_and_a_site_without_images_are_left_out(tmp_path):
     (tmp_path / "b").write_bytes((tmp_path / "b").read_bytes()[:-1])
     updates = [SiteUpdate(tmp_path / s, SiteReport(s, n)) for s, n in (("a", 5), ("b", 5), ("c", 0))]
     request = MergeRequest(1, tmp_path / "global", updates, (), tmp_path / "out")
-    result = merge_by_weighted_mean(request, by_examples)
+    result = merge_updates(request, by_examples)
     assert result.accepted == ("a",)
     assert set(result.rejected) == {"b", "c"}
     assert "0 images" in result.rejected["c"]
@@ -194,7 +194,7 @@ def test_a_damaged_file_and_a_site_without_images_are_left_out(tmp_path):
 def test_nothing_to_merge_is_an_empty_round(tmp_path):
     save_state(tmp_path / "global", {"w": torch.ones(1)})
     with pytest.raises(EmptyRoundError, match="no site delivered"):
-        merge_by_weighted_mean(MergeRequest(1, tmp_path / "global", [], (), tmp_path / "out"), by_examples)
+        merge_updates(MergeRequest(1, tmp_path / "global", [], (), tmp_path / "out"), by_examples)
 
 
 def test_sound_updates_that_overflow_blame_no_site(tmp_path):
@@ -225,5 +225,5 @@ def test_the_order_of_sites_is_the_callers_alone(tmp_path):
             SiteUpdate(tmp_path / s, SiteReport(s, n)) for s, n in zip("abc", (7, 11, 13), strict=True)
         ]
         request = MergeRequest(1, tmp_path / "global", updates, (), tmp_path / "out")
-        digests.add(merge_by_weighted_mean(request, by_examples).digest)
+        digests.add(merge_updates(request, by_examples).digest)
     assert len(digests) == 1

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from fedcore.errors import ConflictError
 from fedcore.plan import Plan, plan_from_json, validate_plan
+from fedcore.update_verdict import MergeFigures, UpdateVerdict
 from fedserver import round_events as ev
 from fedserver.impression_purges import banks, in_use, purged_only
 from fedserver.journal import replay
@@ -258,6 +259,44 @@ def test_an_update_that_the_gate_refuses_is_asked_for_again_when_quorum_is_lost(
     story.aggregate("ab", rejected={"c": "norm"})
     assert story.follow(world(1)) == ["round_opened"]
     assert [c.site for c in work(story.state) if isinstance(c, Train)] == ["c"]
+
+
+def test_the_gates_verdicts_are_in_the_record_those_of_a_failed_attempt_too() -> None:
+    story = Story(make_plan(min_sites=3, rounds=1))
+    around = world(sites={s: replace(p, num_examples=10) for s, p in here("abc").items()})
+    story.follow(around)
+    for site in "abc":
+        story.report(site)
+    story.follow(around)
+    (command,) = work(story.state)
+    assert isinstance(command, Aggregate)
+    assert command.registered_examples == (("a", 10), ("b", 10), ("c", 10))
+    passed = UpdateVerdict(passed=True, norm=1.0, median=1.0, limit=6.0, num_examples=10, registered=10)
+    refused = passed.model_copy(update={"passed": False, "reason": "far", "norm": 9.0})
+    story.tell(
+        ev.AggregationFailed(
+            at=2,
+            round=1,
+            reason="only 2",
+            rejected={"c": "far"},
+            verdicts={"a": passed, "b": passed, "c": refused},
+        )
+    )
+    assert story.follow(around) == ["round_opened"]
+    assert [c.site for c in work(story.state) if isinstance(c, Train)] == ["c"]
+    story.report("c")
+    story.follow(around)
+    figures = MergeFigures(rule="mean", weights={"a": 0.5, "b": 0.5, "c": 0.0})
+    story.tell(
+        ev.AggregationFinished(
+            at=2, round=1, model="m1", accepted=SITES, rejected={}, verdicts={"c": passed}, merge=figures
+        )
+    )
+    story.evaluate("abc")
+    story.follow(around)
+    (record,) = story.state.records
+    assert record.gate == {"a": passed, "b": passed, "c": passed}
+    assert record.merge == figures
 
 
 def test_impressions_are_made_beside_the_evaluation_and_reach_the_next_round() -> None:
@@ -689,7 +728,7 @@ def test_a_journal_from_before_updates_were_scored_is_replayed() -> None:
     story.whole_round(1)
     lines = [ev.EVENT.dump_json(event) for event in story.events]
     record = json.loads(json.loads(lines[-2])["record_json"])
-    del record["update_scores"]
+    del record["update_scores"], record["gate"], record["merge"]
     lines[-2] = json.dumps({**json.loads(lines[-2]), "record_json": json.dumps(record)}).encode()
     plan = json.loads(story.state.plan.to_json())
     del plan["evaluation"]

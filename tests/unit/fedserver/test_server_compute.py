@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from fedcore.compute_host import ComputeHost
 from fedcore.compute_worker import Job
-from fedcore.errors import ConfigError, DataError, EmptyRoundError, PlanError
+from fedcore.errors import ConfigError, DataError, PlanError
 from fedcore.models.state_file import load_tensors, save_state
 from fedcore.plan import Plan
 from fedcore.tensor_file import TensorSpec
@@ -39,7 +39,7 @@ def aggregation(plan, folder, updates, *, round_number=1, state=None, released=N
     return command(
         plan, round=round_number, num_sites=num_sites, model=str(folder / "model"), updates=updates,
         out=str(folder / "merged"), state=state, state_out=str(folder / "state"), released=released,
-        released_out=str(folder / "released"),
+        released_out=str(folder / "released"), registered_examples={},
     )  # fmt: skip
 
 
@@ -213,8 +213,14 @@ def test_a_round_without_a_sound_update_says_why(tmp_path):
     initialise(tmp_path, plan)
     updates = [write_update(tmp_path, "a", add=float("nan")), write_update(tmp_path, "b", num_examples=0)]
     args = aggregation(plan, tmp_path, updates, round_number=3)
-    with pytest.raises(EmptyRoundError, match=r"round 3: .*NaN"):
-        ServerCompute().aggregate(args, silent())
+    found = ServerCompute().aggregate(args, silent())
+    assert found["digest"] is None
+    assert found["reason"].startswith("only 0 updates passed the gate, min_sites is 1: a round 3: tensor")
+    assert {site: verdict["passed"] for site, verdict in found["verdicts"].items()} == {
+        "a": False,
+        "b": False,
+    }
+    assert "NaN" in found["rejected"]["a"]
 
 
 def test_a_strategy_without_impressions_makes_none(tmp_path):

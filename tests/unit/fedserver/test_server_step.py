@@ -9,7 +9,7 @@ from fedcore.errors import EmptyRoundError, LearningError, PlanError
 from fedcore.models.state_file import load_tensors, save_state
 from fedcore.plan import Plan
 from fedcore.tensor_file import TensorSpec
-from fedserver.aggregation import average_over_rounds, merge_by_weighted_mean
+from fedserver.aggregation import average_over_rounds, merge_updates
 from fedserver.strategies import load_strategy
 from fedserver.strategies.base import MergeRequest, SiteReport, SiteUpdate
 
@@ -150,7 +150,7 @@ def test_extras_are_left_aside_by_a_strategy_that_does_not_merge_them(tmp_path):
     save_state(tmp_path / "global", scalars(w=0))
     updates = [SiteUpdate(tmp_path / site, SiteReport(site, n)) for site, n in COUNTS.items()]
     request = MergeRequest(1, tmp_path / "global", updates, (), tmp_path / "out", extras=extras)
-    result = merge_by_weighted_mean(request, lambda reports: [1.0, 1.0], extras_out=tmp_path / "extras")
+    result = merge_updates(request, lambda reports: [1.0, 1.0], extras_out=tmp_path / "extras")
     assert result.accepted == ("a", "b")
     assert set(load_tensors(tmp_path / "out")) == {"w"}
     assert load_tensors(tmp_path / "extras")["aux/x/bn.running_var"].item() == -1.0

@@ -14,9 +14,10 @@ from fedcore.models.state_file import load_tensors, save_state, specs_of
 from fedcore.plan import TransferSection, validate_plan
 from fedcore.tensor_file import TensorManifest
 from fedcore.update_coding import coded_specs
-from fedserver.aggregation import BLOCK, merge_by_weighted_mean
+from fedserver.aggregation import merge_updates
 from fedserver.decoding import open_update, read_update
 from fedserver.strategies.base import MergeRequest, SiteReport, SiteUpdate
+from fedserver.tensor_blocks import BLOCK
 from fedserver.tensor_source import TensorFile
 
 LOSSLESS, BF16, INT8 = (TransferSection(updates=name) for name in ("lossless", "bf16", "int8"))
@@ -140,7 +141,7 @@ def test_the_mean_of_coded_updates_is_the_mean_of_what_they_decode_to(
         out=tmp_path / "merged",
         transfer=transfer,
     )
-    result = merge_by_weighted_mean(request, lambda reports: [float(r.num_examples) for r in reports])
+    result = merge_updates(request, lambda reports: [float(r.num_examples) for r in reports])
     assert result.accepted == ("s0", "s1", "s2")
     merged, decoded = load_tensors(tmp_path / "merged"), [read_update(p, model, transfer) for p in paths]
     for name in ("conv.weight", "fc.weight", "fc.bias"):

@@ -1,0 +1,1 @@
+"""Aggregation rules that bear some bad updates, each a pure function of tensors in a module of its own."""
