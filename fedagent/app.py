@@ -14,6 +14,7 @@ from fedagent.config import AgentConfig, AgentHome
 from fedagent.driver import AgentDriver
 from fedagent.gate import SiteGate
 from fedagent.held_impressions import HeldImpressions
+from fedagent.line import Line, explain_foreign_certificate
 from fedagent.policy import SitePolicy, load_policy
 from fedagent.purging import Purging
 from fedagent.renewal import Renewal
@@ -27,8 +28,8 @@ from fedcore.artifact_store import ArtifactStore
 from fedcore.channel import open_channel
 from fedcore.compute_host import ComputeHost
 from fedcore.config import load_config
-from fedcore.credential import load_credential
-from fedcore.errors import ConfigError
+from fedcore.credential import load_credential, split_address
+from fedcore.errors import ConfigError, FedimpresError, ForeignCertificateError
 from fedcore.home_lock import HomeLock
 from fedcore.logs import configure_logs
 from fedcore.service_manager import ServiceManager
@@ -78,6 +79,7 @@ async def _serve(
         threads,
         gate=SiteGate(places.paused, policy),
         board=StatusBoard(places.status, site, manager.status),
+        explain=lambda error: _look_at_line(error, places, config.proxy),
         audit=audit,
         shared_log=shared_log,
         purging=purging,
@@ -109,6 +111,18 @@ async def _serve(
         watchdog.cancel()
     log.info("agent stopped", site=site)
     return 1 if failed else 0
+
+
+def _look_at_line(
+    error: ForeignCertificateError, places: AgentHome, proxy: str | None
+) -> ForeignCertificateError:
+    """Name who shows a foreign certificate where the coordinator should be. Called in a thread."""
+    try:
+        credential = load_credential(places.credential, datetime.now(UTC), allow_expired=True)
+    except FedimpresError:
+        return error
+    line = Line(*split_address(credential.coordinator), proxy)
+    return explain_foreign_certificate(error, line, credential.ca_pem + credential.chain_pem)
 
 
 def stop_on_signals(stop: Callable[[], None], lifeline: int | None) -> None:

@@ -75,9 +75,11 @@ def preflight(
 def doctor(home: AgentHome, config: AgentConfig, credential: Credential, now: datetime) -> Iterator[Finding]:
     """Everything between this machine and a working site."""
     host, port = split_address(credential.coordinator)
-    line = Line(host, port, home.credential, config.proxy)
-    for check in (check_dns, check_tcp, check_tls, check_inspection):
-        yield check(line)
+    line = Line(host, port, config.proxy)
+    yield check_dns(line)
+    yield check_tcp(line)
+    yield check_tls(line, home.credential)
+    yield check_inspection(line, home.credential)
     yield check_certificate(credential, now)
     with _Coordinator(credential, config.proxy) as coordinator:
         answer, reached = coordinator.reach()

@@ -19,7 +19,7 @@ from fedagent.purging import Purging
 from fedagent.shared_log import SharedLog
 from fedagent.status_file import StatusBoard
 from fedagent.tasks import Tasks
-from fedcore.errors import FedimpresError, UnreachableError
+from fedcore.errors import FedimpresError, ForeignCertificateError, UnreachableError
 from fedcore.protocol import PROTOCOL, SESSION_KEY
 from fedcore.status import from_rpc_error
 from fedcore.text import wire_text
@@ -51,6 +51,7 @@ class AgentDriver:
         threads: int,
         gate: SiteGate | None = None,
         board: StatusBoard | None = None,
+        explain: Callable[[ForeignCertificateError], FedimpresError] = lambda error: error,
         *,
         audit: SiteAudit,
         shared_log: SharedLog | None = None,
@@ -62,6 +63,7 @@ class AgentDriver:
         self._threads = threads
         self._gate = gate
         self._board = board
+        self._explain = explain
         self._audit = audit
         self._shared_log = shared_log
         self._purging = purging
@@ -124,7 +126,7 @@ class AgentDriver:
                     await self._connect_once()
                     failure = UnreachableError("the coordinator ended the stream")
                 except grpc.RpcError as error:
-                    failure = from_rpc_error(error, "coordinator")
+                    failure = await self._explained(from_rpc_error(error, "coordinator"))
                 except FedimpresError as error:
                     failure = error
                 if self._renewed.is_set():
@@ -153,6 +155,12 @@ class AgentDriver:
             for work in ending:
                 work.cancel()
             await asyncio.gather(*watchers, *ending, return_exceptions=True)
+
+    async def _explained(self, failure: FedimpresError) -> FedimpresError:
+        """The failure, or what a look at the line from below gRPC says of it."""
+        if isinstance(failure, ForeignCertificateError):
+            return await asyncio.to_thread(self._explain, failure)
+        return failure
 
     async def _connect_once(self) -> None:
         async with self._open_channel() as channel:

@@ -14,12 +14,19 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedagent.config import AgentConfig, AgentHome
+from fedagent.line import Line, explain_foreign_certificate
 from fedcore import tls as _tls  # noqa: F401 - before grpc
 from fedcore.channel import open_enrollment_channel
 from fedcore.config import load_config
 from fedcore.credential import check_issued, join_address, split_address, write_credential
 from fedcore.enrollment_token import EnrollmentToken, decode_token
-from fedcore.errors import ConflictError, FingerprintError, IdentityError, ProtocolError
+from fedcore.errors import (
+    ConflictError,
+    FingerprintError,
+    ForeignCertificateError,
+    IdentityError,
+    ProtocolError,
+)
 from fedcore.identity import Subject, check_validity, is_name
 from fedcore.pki import certificates_from_pem, fingerprint, make_request, new_key, normalise_fingerprint
 from fedcore.private_files import make_folder, write_file
@@ -141,7 +148,11 @@ def _ask(
         try:
             return enrollment_pb2_grpc.EnrollmentStub(channel).Enroll(request)
         except grpc.RpcError as error:
-            raise from_rpc_error(error, f"enrolment at {address}") from error
+            failure = from_rpc_error(error, f"enrolment at {address}")
+            if isinstance(failure, ForeignCertificateError):
+                line = Line(*split_address(address), proxy)
+                failure = explain_foreign_certificate(failure, line, token.ca_pem.encode())
+            raise failure from error
 
 
 def _roots(reply: enrollment_pb2.EnrollReply, pinned: x509.Certificate) -> list[x509.Certificate]:

@@ -15,6 +15,8 @@ from cryptography import x509
 
 from fedagent.finding import Finding, bad, good, skipped
 from fedcore.credential import join_address
+from fedcore.errors import ForeignCertificateError
+from fedcore.text import printable
 
 _TIMEOUT_S = 5.0
 _MAX_ANSWER_BYTES = 8192
@@ -22,11 +24,10 @@ _MAX_ANSWER_BYTES = 8192
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Where the coordinator is, the credential folder that proves who calls, and the way there."""
+    """Where the coordinator is, and the way there."""
 
     host: str
     port: int
-    credential: Path
     proxy: str | None
 
     @property
@@ -62,15 +63,15 @@ def check_tcp(line: Line) -> Finding:
         return bad(name, f"{where}: {error}", hint)
 
 
-def check_tls(line: Line) -> Finding:
-    """Whether TLS 1.3 succeeds with the federation's root as the only one."""
+def check_tls(line: Line, credential: Path) -> Finding:
+    """Whether TLS 1.3 succeeds with the folder's credential, and the federation's root as the only one."""
     name, where = "tls", join_address(line.host, line.port)
-    context = ssl.create_default_context(cafile=str(line.credential / "ca.crt"))
+    context = ssl.create_default_context(cafile=str(credential / "ca.crt"))
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     # The federation's certificates are held to gRPC's rules, which know no such demands on key usage.
     context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
     try:
-        context.load_cert_chain(line.credential / "tls.crt", line.credential / "tls.key")
+        context.load_cert_chain(credential / "tls.crt", credential / "tls.key")
         with _connected(line) as raw, context.wrap_socket(raw, server_hostname=line.host) as secured:
             return good(name, f"{secured.version()}, the chain leads to the federation's root")
     except ssl.SSLCertVerificationError as error:
@@ -79,31 +80,51 @@ def check_tls(line: Line) -> Finding:
         return bad(name, f"{where}: {error}", "is that the coordinator's port, and is it serving?")
 
 
-def check_inspection(line: Line) -> Finding:
+def check_inspection(line: Line, credential: Path) -> Finding:
     """Whether something between opens TLS: the certificate shown is then not of the federation's making."""
     name = "inspection"
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # only to look at what is shown
+    own_pem = (credential / "ca.crt").read_bytes() + (credential / "tls.crt").read_bytes()
     try:
-        context.load_cert_chain(line.credential / "tls.crt", line.credential / "tls.key")
-        with _connected(line) as raw, context.wrap_socket(raw, server_hostname=line.host) as secured:
-            shown = x509.load_der_x509_certificate(secured.getpeercert(binary_form=True) or b"")
+        foreign = _foreign_certificate(line, own_pem)
     except (ssl.SSLError, OSError, ValueError) as error:
         return skipped(name, f"no certificate was shown: {error}")
-    own = _issuers(line.credential)
-    if shown.issuer.rfc4514_string() in own:
+    if foreign is None:
         return good(name, "none: the certificate shown is the federation's own")
-    return bad(
-        name,
-        f"the certificate shown was issued by {shown.issuer.rfc4514_string()!r}, not by the federation",
-        f"have {line.host} excepted from TLS inspection, or is that the address of another service?",
+    return bad(name, foreign.message, foreign.hint)
+
+
+def explain_foreign_certificate(
+    error: ForeignCertificateError, line: Line, own_pem: bytes
+) -> ForeignCertificateError:
+    """The error that gRPC met, or, if a look at the line tells, one that names who issued what is shown there.
+
+    `own_pem`: the federation's root, and its issuing CA if known. Blocks for some seconds at most.
+    """
+    try:
+        return _foreign_certificate(line, own_pem) or error
+    except (ssl.SSLError, OSError, ValueError):
+        return error
+
+
+def _foreign_certificate(line: Line, own_pem: bytes) -> ForeignCertificateError | None:
+    """What is wrong with the certificate shown at the other end, if none of the certificates `own_pem` issued it.
+
+    Raises ssl.SSLError, OSError, ValueError if no certificate is shown.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # only to look at what is shown
+    with _connected(line) as raw, context.wrap_socket(raw, server_hostname=line.host) as secured:
+        shown = x509.load_der_x509_certificate(secured.getpeercert(binary_form=True) or b"")
+    issuer = shown.issuer.rfc4514_string()
+    if issuer in {own.subject.rfc4514_string() for own in x509.load_pem_x509_certificates(own_pem)}:
+        return None
+    through = " through the proxy" if line.proxy else ""
+    return ForeignCertificateError(
+        f"{join_address(line.host, line.port)}{through} shows a certificate chain that is not the federation's: "
+        f"issued by {printable(issuer, 200)!r}",
+        hint="most likely a proxy or firewall opens TLS to inspect it: have "
+        f"{line.host} excepted there; or is that the address of another service?",
     )
-
-
-def _issuers(credential: Path) -> set[str]:
-    """Who issues in this federation: the subjects of its root and of the issuing CA."""
-    pem = (credential / "ca.crt").read_bytes() + (credential / "tls.crt").read_bytes()
-    return {certificate.subject.rfc4514_string() for certificate in x509.load_pem_x509_certificates(pem)}
 
 
 @contextlib.contextmanager

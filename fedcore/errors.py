@@ -18,6 +18,7 @@ FedimpresError
 ├── ConflictError            the request contradicts what is already there
 ├── OverloadedError          admission is full; try again later
 ├── UnreachableError         no connection, or TLS failed
+│   └── ForeignCertificateError  who answers shows a certificate that is not of the federation
 ├── CallTimeoutError         the other side did not answer in time
 ├── ProtocolError            the other side speaks another protocol version, or breaks the protocol
 ├── EmptyRoundError          nothing to aggregate
@@ -147,6 +148,12 @@ class UnreachableError(FedimpresError):
     """No connection to the other side, or TLS failed."""
 
     code = "unreachable"
+
+
+class ForeignCertificateError(UnreachableError):
+    """Who answers shows a certificate that does not lead to the federation's root."""
+
+    code = "foreign_certificate"
 
 
 class CallTimeoutError(FedimpresError):

@@ -64,6 +64,7 @@ TABLE: dict[type[e.FedimpresError], ErrorMapping] = {
     e.ConflictError: ErrorMapping(_S.ALREADY_EXISTS, 7),
     e.OverloadedError: ErrorMapping(_S.RESOURCE_EXHAUSTED, 1),
     e.UnreachableError: ErrorMapping(_S.UNAVAILABLE, 3),
+    e.ForeignCertificateError: ErrorMapping(_S.UNAVAILABLE, 3),
     e.CallTimeoutError: ErrorMapping(_S.DEADLINE_EXCEEDED, 5),
     e.ProtocolError: ErrorMapping(_S.UNIMPLEMENTED, 1),
     e.EmptyRoundError: ErrorMapping(_S.FAILED_PRECONDITION, 1),
@@ -93,6 +94,10 @@ _FOREIGN: dict[grpc.StatusCode, type[e.FedimpresError]] = {
 # What grpc.aio says when the other side ended a stream, with a status that got lost, while this one was sending.
 _CUT = "Internal error from Core"
 
+_FOREIGN_CERTIFICATE = (
+    "the other side's certificate is not of this federation: check the address, the credential and whether a proxy "
+    "inspects TLS"
+)
 # Pieces of grpc's texts, and what to do about them. First match wins.
 _CONNECTION_HINTS = (
     (
@@ -103,8 +108,7 @@ _CONNECTION_HINTS = (
     ("not yet valid", "check this machine's clock"),
     (
         "CERTIFICATE_VERIFY_FAILED",
-        "the other side's certificate is not of this federation: check the address, the credential and "
-        "whether a proxy inspects TLS",
+        _FOREIGN_CERTIFICATE,
     ),
     (
         "Hostname Verification Check failed",
@@ -180,7 +184,9 @@ def from_rpc_error(error: grpc.RpcError, who: str) -> e.FedimpresError:
         return e.TruncatedStreamError(f"{who}: closed the stream while this side was still sending")
     kind = _FOREIGN.get(status, e.InternalError)
     if kind is e.UnreachableError:
-        return e.UnreachableError(f"{who}: {_useful_part(details)}", hint=_connection_hint(details))
+        hint = _connection_hint(details)
+        kind = e.ForeignCertificateError if hint == _FOREIGN_CERTIFICATE else e.UnreachableError
+        return kind(f"{who}: {_useful_part(details)}", hint=hint)
     if kind is e.CallTimeoutError:
         return e.CallTimeoutError(
             f"{who}: no answer in time", hint="try again; 'fedctl status' shows what it is doing"

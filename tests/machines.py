@@ -17,6 +17,7 @@ from tests.federation_fixture import Said, children, wait_until
 
 _BOOT = Path(__file__).with_name("boot_machine.sh")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_MEMORY_BYTES = 8_000_000_000
 _NAME_SPACES = ("--mount", "--net", "--pid", "--ipc", "--uts", "--cgroup")
 
 
@@ -91,7 +92,19 @@ class Machine:
     def join(self, other: "Machine", here: str, there: str, number: int) -> None:
         """A cable to another machine: addresses of the two ends, with prefix length."""
         ends = (f"wire{number}", f"wire{number}")
-        make = ("ip", "link", "add", ends[0], "type", "veth", "peer", "name", ends[1], "netns", str(other._init))
+        make = (
+            "ip",
+            "link",
+            "add",
+            ends[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            ends[1],
+            "netns",
+            str(other._init),
+        )
         subprocess.run(["nsenter", "--target", str(self._init), "--net", *make], check=True)
         for machine, end, address in ((self, ends[0], here), (other, ends[1], there)):
             machine.do("ip", "address", "add", address, "dev", end)
@@ -107,7 +120,7 @@ class Machine:
 @contextmanager
 def machines(*names: str) -> Iterator[tuple[Path, dict[str, Machine]]]:
     """A shared folder, and machines by name; all of it is gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="fedimpres-machines-") as made:
+    with tempfile.TemporaryDirectory(prefix="fedimpres-machines-", dir=_roomy()) as made:
         root = Path(made)
         root.chmod(0o755)
         (root / "shared").mkdir()
@@ -121,6 +134,12 @@ def machines(*names: str) -> Iterator[tuple[Path, dict[str, Machine]]]:
         finally:
             for machine in running.values():
                 machine.stop()
+
+
+def _roomy() -> str | None:
+    """Memory for the 100,000 files of two releases, if there is enough; else the usual place for what is temporary."""
+    memory = Path("/dev/shm")
+    return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > _MEMORY_BYTES else None
 
 
 def _cgroups() -> Path | None:

@@ -88,7 +88,10 @@ class Lab:
 def lab() -> Iterator[Lab]:
     made = subprocess.run(
         [ROOT / "deploy" / "bundle.sh", "cpu"],
-        env={"PATH": f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin", "PYTHON": sys.executable},
+        env={
+            "PATH": f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin",
+            "PYTHON": sys.executable,
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -139,7 +142,9 @@ def test_the_installed_units_are_valid_and_closed_and_what_computed_was_confined
     exposure = re.search(r"Overall exposure level for \S+: ([\d.]+)", said)
     assert exposure is not None, said
     assert float(exposure.group(1)) <= MOST_EXPOSED[unit]
-    offline = machine.run("systemd-analyze", "security", "--no-pager", "--offline=true", f"{unit}.service").out
+    offline = machine.run(
+        "systemd-analyze", "security", "--no-pager", "--offline=true", f"{unit}.service"
+    ).out
     assert f"{unit}.service: {exposure.group(1)} " in offline
 
     # Aggregation and training were done by the compute processes, which are still there.
@@ -147,7 +152,9 @@ def test_the_installed_units_are_valid_and_closed_and_what_computed_was_confined
     assert len(pids) >= 2
     for pid in pids:
         status = dict(
-            line.split(":\t", 1) for line in machine.do("cat", f"/proc/{pid}/status").out.splitlines() if ":\t" in line
+            line.split(":\t", 1)
+            for line in machine.do("cat", f"/proc/{pid}/status").out.splitlines()
+            if ":\t" in line
         )
         assert (status["Seccomp"], status["NoNewPrivs"], status["CapBnd"].strip("0")) == ("2", "1", ""), pid
         seen = machine.do("nsenter", "--target", pid, "--mount", "ls", "/home", "/root", "/dev").out.split()
@@ -278,7 +285,13 @@ table inet fence {{
 
 def start_proxy(machine: Machine, unit: str, port: str, *certificate: str) -> None:
     machine.do(
-        "systemd-run", f"--unit={unit}", "/usr/bin/python3", "/mnt/connect_proxy.py", "0.0.0.0", port, *certificate
+        "systemd-run",
+        f"--unit={unit}",
+        "/usr/bin/python3",
+        "/mnt/connect_proxy.py",
+        "0.0.0.0",
+        port,
+        *certificate,
     )
     wait_until(lambda: "listening" in machine.log(unit), f"{unit} listens")
 

@@ -98,35 +98,41 @@ def tls(folder: Path) -> Callable[[socket.socket], None]:
 
 def test_the_coordinator_itself_is_recognised(credential):
     with listening(tls(credential.parent / "coordinator")) as port:
-        line = Line("127.0.0.1", port, credential, None)
-        for check in (check_dns, check_tcp, check_tls, check_inspection):
-            assert check(line).verdict is Verdict.OK, str(check(line))
+        line = Line("127.0.0.1", port, None)
+        findings = (
+            check_dns(line),
+            check_tcp(line),
+            check_tls(line, credential),
+            check_inspection(line, credential),
+        )
+        assert [str(found) for found in findings if found.verdict is not Verdict.OK] == []
 
 
 def test_a_proxy_that_opens_tls_is_named(credential):
     with listening(tls(credential.parent / "proxy")) as port:
-        line = Line("127.0.0.1", port, credential, None)
-        assert check_tls(line).verdict is Verdict.FAILED
-        found = check_inspection(line)
+        line = Line("127.0.0.1", port, None)
+        assert check_tls(line, credential).verdict is Verdict.FAILED
+        found = check_inspection(line, credential)
     assert found.verdict is Verdict.FAILED
     assert "'CN=Corp Inspection CA'" in found.text
+    assert "proxy or firewall opens TLS" in found.hint
 
 
 def test_what_is_no_tls_is_told_without_an_exception(credential):
     with listening(lambda connection: connection.sendall(b"220 mail ready\r\n")) as port:
-        line = Line("127.0.0.1", port, credential, None)
+        line = Line("127.0.0.1", port, None)
         assert check_tcp(line).verdict is Verdict.OK
-        assert check_tls(line).verdict is Verdict.FAILED
-        assert check_inspection(line).verdict is Verdict.SKIPPED
+        assert check_tls(line, credential).verdict is Verdict.FAILED
+        assert check_inspection(line, credential).verdict is Verdict.SKIPPED
 
 
 def test_nobody_there(credential):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    line = Line("127.0.0.1", port, credential, None)
+    line = Line("127.0.0.1", port, None)
     assert "refused" in check_tcp(line).text
-    assert check_tls(line).verdict is Verdict.FAILED
-    assert check_dns(Line("coordinator.invalid", 1, credential, None)).verdict is Verdict.FAILED
+    assert check_tls(line, credential).verdict is Verdict.FAILED
+    assert check_dns(Line("coordinator.invalid", 1, None)).verdict is Verdict.FAILED
 
 
 def test_through_a_proxy_and_past_one_that_refuses(credential):
@@ -143,12 +149,12 @@ def test_through_a_proxy_and_past_one_that_refuses(credential):
         secured(connection)
 
     with listening(refuses) as port:
-        found = check_tcp(Line("127.0.0.1", 8443, credential, f"http://127.0.0.1:{port}"))
+        found = check_tcp(Line("127.0.0.1", 8443, f"http://127.0.0.1:{port}"))
         assert "403 Forbidden" in found.text
         assert "CONNECT" in found.hint
     with listening(lets_through) as port:
-        line = Line("127.0.0.1", 8443, credential, f"http://127.0.0.1:{port}")
-        assert check_tls(line).verdict is Verdict.OK
+        line = Line("127.0.0.1", 8443, f"http://127.0.0.1:{port}")
+        assert check_tls(line, credential).verdict is Verdict.OK
         assert asked[0].startswith(b"CONNECT 127.0.0.1:8443 HTTP/1.1\r\n")
 
 
