@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 OUT    ?= demo-out
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long check format protos bench results results-quick clean
+.PHONY: help install demo test test-long test-deploy check format protos bench results results-quick bundle bundle-cuda bundle-cuda-manifest clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -26,6 +26,9 @@ test: $(STAMP)  ## the test suite (under 10 minutes on 2 cores)
 
 test-long: $(STAMP)  ## what takes longer: the units as started, the factory's README, all of the equality with gRPC
 	$(BIN)/python -m pytest -m long
+
+test-deploy: $(STAMP)  ## as root: the bundle on machines with systemd, firewalls and proxies, in name spaces
+	$(BIN)/python -m pytest -m long tests/integration/test_deployment.py
 
 check: $(STAMP)  ## ruff, mypy --strict, import-linter, generated stubs up to date
 	$(BIN)/ruff check .
@@ -49,6 +52,15 @@ results: $(STAMP)  ## every run behind docs/results.md that is still missing, th
 
 results-quick: $(STAMP)  ## a corner of docs/results.md again, held against what is stored (15 minutes)
 	$(BIN)/python benchmarks/results.py quick
+
+bundle: $(STAMP)  ## dist/fedimpres-VERSION-linux-x86_64-cpu.tar.gz, which installs without a network
+	PYTHON=$(BIN)/python deploy/bundle.sh cpu
+
+bundle-cuda: $(STAMP)  ## the same with CUDA, of the wheels that deploy/cuda-requirements.txt names (several GB)
+	PYTHON=$(BIN)/python deploy/bundle.sh cuda
+
+bundle-cuda-manifest: $(STAMP)  ## deploy/cuda-requirements.txt, from an index with CUDA builds
+	PYTHON=$(BIN)/python deploy/bundle.sh cuda-manifest
 
 clean:  ## remove what the targets above made
 	rm -rf $(VENV) $(OUT) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

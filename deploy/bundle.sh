@@ -47,7 +47,7 @@ lock() { # FOLDER
     done
 }
 
-pack() { # KIND, with the wheels in $BUNDLE/wheels
+pack() { # what lies in $BUNDLE/wheels
     local name archive
     name=$(basename "$BUNDLE") archive=$TOP/dist/$name.tar.gz
     lock "$BUNDLE/wheels" >"$BUNDLE/requirements.txt"
@@ -59,8 +59,10 @@ pack() { # KIND, with the wheels in $BUNDLE/wheels
     ln -s deploy/install.sh "$BUNDLE/install.sh"
     (cd "$BUNDLE" && find . -type f ! -path ./SHA256SUMS -print0 | sort -z | xargs -0 sha256sum >SHA256SUMS)
     mkdir -p "$TOP/dist"
+    # Level 0: wheels are compressed already.
     tar -C "$WORK" --sort=name --mtime="@$SOURCE_DATE_EPOCH" --owner=0 --group=0 --numeric-owner -cf - "$name" |
-        gzip -n -1 >"$archive.part"
+        "$PYTHON" -c 'import gzip, shutil, sys
+with gzip.GzipFile("", "wb", 0, sys.stdout.buffer, 0) as file: shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)' >"$archive.part"
     mv "$archive.part" "$archive"
     (cd "$TOP/dist" && sha256sum "$name.tar.gz" | tee "$name.tar.gz.sha256")
     echo "$archive ($(du -h "$archive" | cut -f 1))"
