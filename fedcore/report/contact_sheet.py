@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 # Pixels. Small pictures are enlarged by a whole number to about _PICTURE; large ones stand as they are.
-_PICTURE, _SHEET, _LABEL, _MARGIN, _GAP, _ROW_GAP = 84, 1280, 190, 36, 6, 22
+_PICTURE, _SHEET, _LABEL, _MARGIN, _GAP, _ROW_GAP = 84, 1340, 184, 36, 6, 22
+_NAME_LINES, _NAME_HEIGHT = 2, 62
 _BACKGROUND, _INK, _SOFT, _RULE = (250, 250, 248), (24, 27, 31), (108, 116, 126), (224, 226, 229)
 SUFFIXES = (".png", ".html")
 FOOTNOTE = "Impressions are optimised through the federation's model; they are no photographs. Handle them as sensitive."
@@ -91,7 +92,7 @@ def png_sheet(
     tall = pictures.images.shape[2] * _factor(pictures)
     columns = max(1, (_SHEET - 2 * _MARGIN - _LABEL + _GAP) // (side + _GAP))
     rows = list(_rows(pictures, class_names, per_class))
-    heights = [max(44, -(-len(row.chosen) // columns) * (tall + _GAP) - _GAP) for row in rows]
+    heights = [max(_NAME_HEIGHT, -(-len(row.chosen) // columns) * (tall + _GAP) - _GAP) for row in rows]
     top = _MARGIN + 84
     width = max(_SHEET, 2 * _MARGIN + _LABEL + side)
     sheet = Image.new("RGB", (width, top + sum(heights) + _ROW_GAP * len(rows) + 50), _BACKGROUND)
@@ -101,8 +102,10 @@ def png_sheet(
     y = top
     for row, height in zip(rows, heights, strict=True):
         draw.line((_MARGIN, y - _ROW_GAP // 2, width - _MARGIN, y - _ROW_GAP // 2), _RULE)
-        _text(draw, (_MARGIN, y), row.name, 17, _INK, _LABEL - 18, bold=True)
-        _text(draw, (_MARGIN, y + 24), row.count, 13, _SOFT, _LABEL - 18)
+        lines = _lines(draw, row.name)
+        for number, line_of_name in enumerate(lines):
+            _text(draw, (_MARGIN, y + 20 * number), line_of_name, 16, _INK, _LABEL - 18, bold=True)
+        _text(draw, (_MARGIN, y + 20 * len(lines) + 4), row.count, 13, _SOFT, _LABEL - 18)
         for place, index in enumerate(row.chosen):
             line, column = divmod(place, columns)
             at = (_MARGIN + _LABEL + column * (side + _GAP), y + line * (tall + _GAP))
@@ -141,6 +144,20 @@ def _enlarged(pictures: Pictures, index: int) -> "Image.Image":
     pixels = np.ascontiguousarray(image.transpose(1, 2, 0) if len(image) == 3 else image[0])
     picture = Image.fromarray(pixels).convert("RGB")
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def _lines(draw: "ImageDraw.ImageDraw", name: str) -> list[str]:
+    """A class's name in at most _NAME_LINES lines; the last may be too long still."""
+    words = name.split() or [name]
+    lines = [words[0]]
+    for word in words[1:]:
+        longer = f"{lines[-1]} {word}"
+        fits = draw.textlength(longer, _font(16, True)) <= _LABEL - 18
+        if fits or len(lines) == _NAME_LINES:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def _text(

@@ -102,7 +102,7 @@ def test_who_may_look_is_recorded_and_a_purge_reaches_every_disk(
     sheet = tmp_path / "sheet.png"
     lab.ctl("impression", "preview", run, "--out", str(sheet))
     with Image.open(sheet) as picture:
-        assert (picture.format, picture.width) == ("PNG", 1280)
+        assert (picture.format, picture.width) == ("PNG", 1340)
     assert sheet.stat().st_mode & 0o777 == 0o600
 
     # A purge while one site is away.

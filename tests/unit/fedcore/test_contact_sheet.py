@@ -35,7 +35,7 @@ def test_each_pixel_becomes_a_square_of_its_colour() -> None:
 @pytest.mark.parametrize("side", [8, 28, 224, 1500])
 def test_sizes_from_digits_to_slides_fit_on_the_sheet(side: int, channels: int) -> None:
     sheet = png_sheet(pictures(4, 2, side, channels), ["a", "b"], CAPTION, per_class=8)
-    assert sheet.width >= 1280
+    assert sheet.width >= 1340
     assert sheet.height > 2 * max(44, side)
 
 
@@ -43,7 +43,7 @@ def test_a_class_shows_no_more_than_asked_and_wraps() -> None:
     few, many = (png_sheet(pictures(90, 1), ["a"], CAPTION, per_class=n).height for n in (10, 90))
     assert many > few
     long_name = png_sheet(pictures(3, 3), ["immature granulocytes, all of them" * 9, "β", "细胞"], CAPTION, 9)
-    assert long_name.width == 1280
+    assert long_name.width == 1340
 
 
 def test_a_page_holds_names_and_pictures(tmp_path: Path) -> None:
