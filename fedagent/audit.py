@@ -17,6 +17,7 @@ import structlog
 from fedcore.audit import OK, Fact, Head, Value
 from fedcore.audit_heads import head_from_proto, head_to_proto
 from fedcore.audit_store import AUDIT_SCHEMA, AuditLog
+from fedcore.audit_text import document
 from fedcore.database import Database, open_database
 from fedcore.text import printable
 from fedcore.v1 import federation_pb2
@@ -24,6 +25,7 @@ from fedcore.v1 import federation_pb2
 # The other side, under the name by which its log is known here.
 COORDINATOR = "coordinator"
 _AGENT = "agent"
+_PURGE = "impressions.purge"
 # Digests that one record names.
 _MAX_NAMED = 20
 _log = structlog.get_logger(__name__)
@@ -70,6 +72,16 @@ class SiteAudit:
     async def purged(self, digests: Sequence[str], *, asked: int, purge: str, by: str, reason: str) -> Head:
         """Record that these banks of impressions were deleted here, of `asked` that were to go; give the new head."""
         return await self.log.record(purge_fact(digests, asked=asked, purge=purge, by=by, reason=reason))
+
+    def earlier_purge(self, purge: str) -> tuple[list[str], Head] | None:
+        """What a purge deleted here, and its record, if it was carried out before; reads the log from its start."""
+        for entry in self.log.walk():
+            if f'"{purge}"' in entry.body:  # spares reading every record
+                record = document(entry)
+                if record.get("action") == _PURGE and record["detail"].get("purge") == purge:
+                    named = [v for key, v in record["detail"].items() if key.startswith("digest_")]
+                    return named, Head(entry.position, entry.digest)
+        return None
 
     # -- hello ------------------------------------------------------------------------------------
 
@@ -149,7 +161,7 @@ def purge_fact(digests: Sequence[str], *, asked: int, purge: str, by: str, reaso
         "by": by,
         "reason": reason,
     }
-    return Fact("impressions.purge", _AGENT if purge else by, object=one, detail={**detail, **named})
+    return Fact(_PURGE, _AGENT if purge else by, object=one, detail={**detail, **named})
 
 
 def open_site_audit(path: Path) -> Database:

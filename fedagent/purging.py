@@ -31,16 +31,21 @@ class Purging:
         None if it can't be done: the coordinator asks again at the next connection.
         """
         by, reason = printable(order.by, _MAX_TEXT), printable(order.reason, _MAX_TEXT)
+        purge = printable(order.purge, 40)
         async with self._turn:
             try:
                 deleted = await asyncio.to_thread(self._held.erase, order.digests)
-                head = await self._audit.purged(
-                    deleted, asked=len(order.digests), purge=printable(order.purge, 40), by=by, reason=reason
-                )
+                earlier = None if deleted else await asyncio.to_thread(self._audit.earlier_purge, purge)
+                if earlier is not None:  # the answer to it was lost on its way
+                    deleted, head = earlier
+                else:
+                    head = await self._audit.purged(
+                        deleted, asked=len(order.digests), purge=purge, by=by, reason=reason
+                    )
             except (FedimpresError, OSError) as error:
-                log.error("impressions can't be purged", purge=order.purge[:40], error=str(error))
+                log.error("impressions can't be purged", purge=purge, error=str(error))
                 return None
-        log.warning("impressions purged", purge=order.purge[:40], deleted=len(deleted), by=by, reason=reason)
+        log.warning("impressions purged", purge=purge, deleted=len(deleted), by=by, reason=reason)
         return federation_pb2.ImpressionsPurged(
             purge=order.purge, deleted=deleted, audit_head=head_to_proto(head)
         )

@@ -110,12 +110,16 @@ class ImpressionsService(impressions_pb2_grpc.ImpressionsServicer):
                 hint="mend the disk's permissions, then purge again: the sites are asked already",
             )
         others = [holder.state.run for holder in holding if holder is not view]
-        reply = impressions_pb2.PurgeImpressionsReply(purged=len(digests), other_runs=others)
+        gone_banks = await asyncio.to_thread(self._purged_banks, view.state, numbers)
+        return impressions_pb2.PurgeImpressionsReply(banks=gone_banks, purged=len(digests), other_runs=others)
+
+    def _purged_banks(self, state: RunState, numbers: list[int]) -> list[impressions_pb2.ImpressionBank]:
+        found = []
         for number in numbers:
-            bank = self._message(view.state, number)
-            bank.lives_on_in.extend(later_banks(view.state, number, self._store))
-            reply.banks.append(bank)
-        return reply
+            bank = self._message(state, number)
+            bank.lives_on_in.extend(later_banks(state, number, self._store))
+            found.append(bank)
+        return found
 
     async def _purge(self, holding: list[RunView], digests: set[str], by: str, reason: str) -> None:
         """Journal the purge in every run that has one of the banks; files go with it. Then ask the sites."""

@@ -91,9 +91,15 @@ def test_an_order_is_answered_with_the_record_of_it(site: Site) -> None:
         "deleted": 1, "asked": 2, "purge": "p1", "by": "olga", "reason": "a [31mface", "digest_1": site.bank,
     }  # fmt: skip
     assert (answer.audit_head.sequence, answer.audit_head.digest) == (record["sequence"], record["digest"])
+    # The answer was lost on its way: it is given again, and nothing is recorded twice.
+    assert asyncio.run(site.purging.carry_out(site.order(site.bank, absent))) == answer
+    assert len(site.records()) == 1
+    # The bank is back, from a backup: that is another deletion.
+    assert site.add(images=(2, 1, 4, 4), labels=(2,)) == site.bank
     again = asyncio.run(site.purging.carry_out(site.order(site.bank)))
     assert again is not None
-    assert list(again.deleted) == []
+    assert list(again.deleted) == [site.bank]
+    assert again.audit_head.sequence == 2
 
 
 def test_what_can_not_be_done_or_recorded_is_not_confirmed(
