@@ -78,6 +78,11 @@ class AgentHome:
         return self.root / "credential"
 
     @property
+    def enrolling(self) -> Path:
+        """Key and terms of a request to be let in that is not decided yet."""
+        return self.root / "enrolling"
+
+    @property
     def artifacts(self) -> Path:
         """Fetched models and impressions, and updates not yet delivered."""
         return self.root / "artifacts"

@@ -2,40 +2,24 @@
 credential folder.
 
 Nothing is sent before the root in the token has been found to be the one that the operator named by its
-fingerprint.
+fingerprint. Without a token: `fedagent.enroll_request`.
 """
 
-import hmac
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedagent.config import AgentConfig, AgentHome
 from fedagent.line import Line, explain_foreign_certificate
-from fedcore import tls as _tls  # noqa: F401 - before grpc
-from fedcore.channel import open_enrollment_channel
 from fedcore.config import load_config
-from fedcore.credential import check_issued, join_address, split_address, write_credential
+from fedcore.credential import split_address, write_credential
+from fedcore.enrolling import Issued, redeem_token
 from fedcore.enrollment_token import EnrollmentToken, decode_token
-from fedcore.errors import (
-    ConflictError,
-    FingerprintError,
-    ForeignCertificateError,
-    IdentityError,
-    ProtocolError,
-)
-from fedcore.identity import Subject, check_validity, is_name
-from fedcore.pki import certificates_from_pem, fingerprint, make_request, new_key, normalise_fingerprint
+from fedcore.errors import ConflictError, ForeignCertificateError, TokenError
+from fedcore.pki import new_key
 from fedcore.private_files import make_folder, write_file
-from fedcore.status import from_rpc_error
-
-# isort: split
-import grpc
-
-from fedcore.v1 import enrollment_pb2, enrollment_pb2_grpc
 
 DEFAULT_CONFIG = """\
 # What this site does, and what it allows. Checked by: fedagent check-config --home DIR
@@ -88,103 +72,94 @@ def enroll(
     UnreachableError and IdentityError. Whatever is raised, credential and configuration are as they were.
     """
     paths = AgentHome(home)
-    if paths.credential.exists() and not force:
-        raise ConflictError(
-            f"{home} is enrolled already; nothing was changed", hint="use --force to replace its credential"
-        )
-    host, _ = split_address(coordinator)
+    refuse_enrolled(paths, force=force)
+    split_address(coordinator)
     parsed = decode_token(token)
-    root = _pinned_root(parsed, ca_fingerprint)
-    if proxy is None and paths.config.is_file():
-        proxy = load_config(paths.config, AgentConfig).proxy
+    if parsed.operator:
+        raise TokenError(
+            f"the token is for operator {parsed.operator}, not for a site",
+            hint="on that operator's machine: fedctl context enroll NAME --coordinator ... --token ...",
+        )
+    proxy = proxy_of(paths, proxy)
     was_there = home.exists()
     if not was_there:
         make_folder(home)  # before the token is used up, in case it can't be made
     try:
         key = new_key()
-        reply = _ask(join_address(host, parsed.port), parsed, key, proxy)
-        roots = _roots(reply, root)
-        chain = _checked_chain(reply, parsed, key, roots)
-        write_credential(
-            paths.credential,
-            coordinator=coordinator.strip(),
-            subject=Subject(reply.federation, "site", reply.site),
-            key=key,
-            chain=chain,
-            roots=roots,
-            enroll_port=parsed.port,
-            replace=force,
-        )
+        issued = _redeem(parsed, key, coordinator, ca_fingerprint, proxy)
+        keep_credential(paths, issued, key, coordinator, parsed.port, replace=force)
     except BaseException:
         if not was_there and not any(home.iterdir()):
             home.rmdir()
         raise
-    if not paths.config.exists():
-        write_file(paths.config, _config_toml(proxy).encode())
-    return Enrolled(reply.site, reply.federation, chain[0].not_valid_after_utc, paths.credential)
+    return finish(paths, issued, proxy)
 
 
-def _pinned_root(token: EnrollmentToken, ca_fingerprint: str) -> x509.Certificate:
-    """The token's root certificate, if it is the pinned one. Raises FingerprintError."""
-    expected = normalise_fingerprint(ca_fingerprint)
-    certificates = certificates_from_pem(token.ca_pem.encode(), "enrolment token")
-    got = fingerprint(certificates[0])
-    if len(certificates) != 1 or not hmac.compare_digest(got, expected):
-        raise FingerprintError(
-            f"the token's root certificate has the fingerprint {got}, expected {expected}; nothing was sent",
-            hint="compare --ca-fingerprint with the operator by another way than the token came; "
-            "if they differ, somebody may have replaced the token",
-        )
-    return certificates[0]
-
-
-def _ask(
-    address: str, token: EnrollmentToken, key: ec.EllipticCurvePrivateKey, proxy: str | None
-) -> enrollment_pb2.EnrollReply:
-    request = enrollment_pb2.EnrollRequest(
-        token_id=token.id, token_secret=token.secret, csr_pem=make_request(key, token.site).decode()
-    )
-    with open_enrollment_channel(address, token.ca_pem.encode(), proxy=proxy) as channel:
-        try:
-            return enrollment_pb2_grpc.EnrollmentStub(channel).Enroll(request)
-        except grpc.RpcError as error:
-            failure = from_rpc_error(error, f"enrolment at {address}")
-            if isinstance(failure, ForeignCertificateError):
-                line = Line(*split_address(address), proxy)
-                failure = explain_foreign_certificate(failure, line, token.ca_pem.encode())
-            raise failure from error
-
-
-def _roots(reply: enrollment_pb2.EnrollReply, pinned: x509.Certificate) -> list[x509.Certificate]:
-    """The roots to trust: the pinned one alone, or with the new one that the federation moves to.
-
-    Whoever answers has proved to be below the pinned root, so what it vouches for is as good. Raises IdentityError if
-    the pinned root is not among them.
-    """
-    roots = certificates_from_pem(reply.ca_pem.encode(), "roots sent by the coordinator")
-    if pinned not in roots:
-        raise IdentityError("the coordinator sent roots without the one that is pinned")
-    return roots
-
-
-def _checked_chain(
-    reply: enrollment_pb2.EnrollReply,
+def _redeem(
     token: EnrollmentToken,
     key: ec.EllipticCurvePrivateKey,
-    roots: list[x509.Certificate],
-) -> list[x509.Certificate]:
-    """The reply's certificates, if they are of this key, this site and the roots, and valid now."""
-    if reply.site != token.site:
-        raise IdentityError(
-            f"the coordinator enrolled {reply.site!r:.80}, but the token is for {token.site!r}"
+    coordinator: str,
+    ca_fingerprint: str,
+    proxy: str | None,
+) -> Issued:
+    try:
+        return redeem_token(
+            token,
+            key,
+            coordinator=coordinator,
+            ca_fingerprint=ca_fingerprint,
+            now=datetime.now(UTC),
+            proxy=proxy,
         )
-    if not is_name(reply.federation):
-        raise ProtocolError(f"the coordinator calls its federation {reply.federation!r:.80}: no name")
-    who = f"certificate issued to {token.site}"
-    chain = certificates_from_pem(reply.certificate_chain_pem.encode(), who)
-    check_issued(chain, roots, key, Subject(reply.federation, "site", reply.site), who)
-    check_validity(chain[0].not_valid_before_utc, chain[0].not_valid_after_utc, datetime.now(UTC), who)
-    return chain
+    except ForeignCertificateError as error:
+        line = Line(split_address(coordinator)[0], token.port, proxy)
+        raise explain_foreign_certificate(error, line, token.ca_pem.encode()) from error
+
+
+def refuse_enrolled(paths: AgentHome, *, force: bool) -> None:
+    """Raise ConflictError if the home holds a credential, unless `force`."""
+    if paths.credential.exists() and not force:
+        raise ConflictError(
+            f"{paths.root} is enrolled already; nothing was changed",
+            hint="use --force to replace its credential",
+        )
+
+
+def proxy_of(paths: AgentHome, proxy: str | None) -> str | None:
+    """The proxy that was given, else that of agent.toml if there is one. Raises ConfigError."""
+    if proxy is None and paths.config.is_file():
+        return load_config(paths.config, AgentConfig).proxy
+    return proxy
+
+
+def keep_credential(
+    paths: AgentHome,
+    issued: Issued,
+    key: ec.EllipticCurvePrivateKey,
+    coordinator: str,
+    enroll_port: int,
+    *,
+    replace: bool,
+) -> None:
+    """Write the credential folder as a whole. Raises ConflictError if it is there and may not be replaced."""
+    write_credential(
+        paths.credential,
+        coordinator=coordinator.strip(),
+        subject=issued.subject,
+        key=key,
+        chain=issued.chain,
+        roots=issued.roots,
+        enroll_port=enroll_port,
+        replace=replace,
+    )
+
+
+def finish(paths: AgentHome, issued: Issued, proxy: str | None) -> Enrolled:
+    """Write a commented agent.toml if there is none; say what enrolment gave."""
+    if not paths.config.exists():
+        write_file(paths.config, _config_toml(proxy).encode())
+    subject, until = issued.subject, issued.chain[0].not_valid_after_utc
+    return Enrolled(subject.id, subject.federation, until, paths.credential)
 
 
 def _config_toml(proxy: str | None) -> str:

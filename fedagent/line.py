@@ -127,6 +127,22 @@ def _foreign_certificate(line: Line, own_pem: bytes) -> ForeignCertificateError 
     )
 
 
+def shown_chain(line: Line) -> list[x509.Certificate]:
+    """The certificates that are shown there, the server's own first, none of them verified.
+
+    Raises OSError (ssl.SSLError is one) if there is no connection or no TLS 1.3.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # the caller checks what is shown
+    with _connected(line) as raw, context.wrap_socket(raw, server_hostname=line.host) as secured:
+        if hasattr(secured, "get_unverified_chain"):  # Python 3.13
+            return [x509.load_der_x509_certificate(der) for der in secured.get_unverified_chain()]
+        # The same, before it was given a public name.
+        shown = secured._sslobj.get_unverified_chain() or ()  # type: ignore[attr-defined]
+        return [x509.load_pem_x509_certificate(one.public_bytes().encode()) for one in shown]
+
+
 @contextlib.contextmanager
 def _connected(line: Line) -> Iterator[socket.socket]:
     """A connection to the coordinator. Raises OSError."""

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from fedcore import tls
 from fedcore.credential import Credential, load_credential
 from fedcore.errors import ConfigError, InternalError
+from fedcore.pki import certificates_from_pem, certificates_to_pem, root_of
 
 # isort: split
 import grpc
@@ -74,6 +75,12 @@ CALLS: dict[str, CallPolicy] = {
     "/fedcore.v1.Federation/Deliver": _TRANSFER,
     "/fedcore.v1.Enrollment/Enroll": CallPolicy(30.0),
     "/fedcore.v1.Enrollment/RenewEnded": CallPolicy(30.0),
+    "/fedcore.v1.Enrollment/RequestEnrollment": CallPolicy(30.0, idempotent=True),
+    "/fedcore.v1.Enrollment/CheckEnrollment": CallPolicy(30.0, idempotent=True),
+    "/fedcore.v1.Membership/CreateOperatorToken": _QUICK_ONCE,
+    "/fedcore.v1.Membership/ListEnrollments": _QUICK,
+    "/fedcore.v1.Membership/ApproveEnrollment": _QUICK,
+    "/fedcore.v1.Membership/DenyEnrollment": _QUICK,
     # An answer that gets lost leaves a certificate that nobody has; asking again makes another.
     "/fedcore.v1.Certificates/Renew": CallPolicy(30.0, idempotent=True),
     "/fedcore.v1.Certificates/ListCertificates": CallPolicy(30.0, idempotent=True),
@@ -214,7 +221,7 @@ def server_credentials(credential: Credential, *, require_client_certificate: bo
     pair = (credential.key_pem, credential.chain_pem)
     if require_client_certificate:
         return grpc.ssl_server_credentials([pair], credential.ca_pem, require_client_auth=True)
-    return grpc.ssl_server_credentials([pair])
+    return grpc.ssl_server_credentials([_with_root(credential)])
 
 
 def renewable_server_credentials(
@@ -229,8 +236,10 @@ def renewable_server_credentials(
         raise InternalError("grpc was imported before fedcore.tls: TLS 1.2 would be accepted")
 
     def configuration(credential: Credential) -> grpc.ServerCertificateConfiguration:
-        roots = credential.ca_pem if require_client_certificate else None
-        return grpc.ssl_server_certificate_configuration([(credential.key_pem, credential.chain_pem)], roots)
+        if require_client_certificate:
+            pair = (credential.key_pem, credential.chain_pem)
+            return grpc.ssl_server_certificate_configuration([pair], credential.ca_pem)
+        return grpc.ssl_server_certificate_configuration([_with_root(credential)], None)
 
     served = current()
 
@@ -245,6 +254,13 @@ def renewable_server_credentials(
     # The stubs don't know that None means: as before.
     fetcher = cast(Callable[[], grpc.ServerCertificateConfiguration], fetch)
     return grpc.dynamic_ssl_server_credentials(configuration(served), fetcher, require_client_certificate)
+
+
+def _with_root(credential: Credential) -> tuple[bytes, bytes]:
+    """Key and chain for the enrolment port. The chain ends with the root, for those who know its fingerprint only."""
+    chain = certificates_from_pem(credential.chain_pem, "coordinator's chain")
+    root = root_of(chain, certificates_from_pem(credential.ca_pem, "roots"))
+    return credential.key_pem, certificates_to_pem([*chain, root])
 
 
 def _client_credentials(credential: Credential) -> grpc.ChannelCredentials:

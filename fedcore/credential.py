@@ -37,7 +37,7 @@ from fedcore.pki import (
     verify_chain,
 )
 from fedcore.plan import Name
-from fedcore.private_files import check_private, exchange, make_folder, sync_folder, write_file
+from fedcore.private_files import check_private, exchange, sync_folder, write_file
 
 _READ_ATTEMPTS = 5
 
@@ -165,7 +165,7 @@ def write_credential(
     """
     if folder.exists() and not replace:
         raise ConflictError(f"{folder} is already there", hint="use --force to replace the credential")
-    make_folder(folder.parent)
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # one that is there keeps its mode
     staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         write_file(staged / "tls.key", key_to_pem(key))

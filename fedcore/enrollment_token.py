@@ -1,13 +1,14 @@
-"""The enrolment token as the operator hands it to a site: one opaque string.
+"""The enrolment token as it is handed to a site's people or to an operator: one opaque string.
 
-base64url of a JSON object with the token's id and secret, the site it is for, the enrolment port and the root
-certificate. The string is a secret until it is used or has expired.
+base64url of a JSON object with the token's id and secret, the site or the operator it is for, the enrolment port and
+the root certificate. The string is a secret until it is used or has expired.
 """
 
 import base64
 import binascii
 import json
 from dataclasses import dataclass, field
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -20,13 +21,16 @@ _VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class EnrollmentToken:
-    """What a token says. `secret` proves that its bearer was given it."""
+    """What a token says. `secret` proves that its bearer was given it. It is for a site or for an operator: the other
+    name is empty.
+    """
 
     id: str
     secret: str = field(repr=False)
     site: str
     port: int
     ca_pem: str = field(repr=False)
+    operator: str = ""
 
     def encode(self) -> str:
         """The opaque string."""
@@ -34,7 +38,7 @@ class EnrollmentToken:
             "v": _VERSION,
             "id": self.id,
             "secret": self.secret,
-            "site": self.site,
+            **({"operator": self.operator} if self.operator else {"site": self.site}),
             "port": self.port,
             "ca": self.ca_pem,
         }
@@ -48,7 +52,8 @@ class _Document(BaseModel):
     v: int
     id: str = Field(pattern=r"^[0-9a-f]{16,64}$")
     secret: str = Field(min_length=16, max_length=256)
-    site: Name
+    site: Name | Literal[""] = ""
+    operator: Name | Literal[""] = ""
     port: int = Field(ge=1, le=65535)
     ca: str = Field(max_length=8192)
 
@@ -67,7 +72,11 @@ def decode_token(text: str) -> EnrollmentToken:
         raise TokenError("enrolment token can't be read: it is damaged or cut off", hint=hint) from None
     if document.v != _VERSION:
         raise TokenError(
-            f"enrolment token has version {document.v}, this agent reads {_VERSION}",
-            hint="update fedimpres at the site",
+            f"enrolment token has version {document.v}, this program reads {_VERSION}",
+            hint="update fedimpres here",
         )
-    return EnrollmentToken(document.id, document.secret, document.site, document.port, document.ca)
+    if bool(document.site) == bool(document.operator):
+        raise TokenError("enrolment token names neither a site nor an operator, or both", hint=hint)
+    return EnrollmentToken(
+        document.id, document.secret, document.site, document.port, document.ca, document.operator
+    )

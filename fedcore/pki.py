@@ -90,6 +90,11 @@ def spki(key: ec.EllipticCurvePublicKey) -> bytes:
     return key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
+def key_fingerprint(key: ec.EllipticCurvePublicKey) -> str:
+    """SHA-256 of the public key (DER), lower-case hex: what people compare a request to be let in by."""
+    return hashlib.sha256(spki(key)).hexdigest()
+
+
 def serial_text(certificate: x509.Certificate) -> str:
     """The serial number as lower-case hex, as the registry and the logs write it."""
     return f"{certificate.serial_number:x}"
@@ -180,17 +185,33 @@ def make_root(federation: str, now: datetime) -> Signer:
 def make_issuing_ca(root: Signer, federation: str, now: datetime) -> Signer:
     """An issuing CA below `root`, path length 0."""
     key = new_key()
+    return Signer(sign_issuing_ca(root, key.public_key(), federation, now), key)
+
+
+def sign_issuing_ca(
+    root: Signer,
+    key: ec.EllipticCurvePublicKey,
+    federation: str,
+    now: datetime,
+    lifetime: timedelta = ISSUING_LIFETIME,
+) -> x509.Certificate:
+    """The certificate of an issuing CA below `root`, path length 0, for a key that may lie elsewhere."""
     builder = _builder(
-        _subject(f"{federation} issuing CA", federation),
+        _subject(issuing_ca_name(federation), federation),
         root.certificate.subject,
-        key=key.public_key(),
+        key=key,
         issuer_key=root.key.public_key(),
         now=now,
-        not_after=min(now + ISSUING_LIFETIME, root.certificate.not_valid_after_utc),
+        not_after=min(now + lifetime, root.certificate.not_valid_after_utc),
     )
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     builder = builder.add_extension(_CA_USAGE, critical=True)
-    return Signer(builder.sign(root.key, hashes.SHA256()), key)
+    return builder.sign(root.key, hashes.SHA256())
+
+
+def issuing_ca_name(federation: str) -> str:
+    """Common name of a federation's issuing CA."""
+    return f"{federation} issuing CA"
 
 
 def make_leaf(
@@ -240,13 +261,13 @@ def _general_name(host: str) -> x509.GeneralName:
     return x509.DNSName(host)
 
 
-def make_request(key: ec.EllipticCurvePrivateKey, site: str) -> bytes:
+def make_request(key: ec.EllipticCurvePrivateKey, name: str) -> bytes:
     """A PKCS#10 request, PEM.
 
-    The coordinator uses its public key only; the name is for people who look at it.
+    Of a member's, the coordinator uses the public key only; the name is for people who look at it.
     """
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, site)])
-    request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
     return request.public_bytes(serialization.Encoding.PEM)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fedcore.v1.audit_pb2_grpc import AuditStub
     from fedcore.v1.certificates_pb2_grpc import CertificatesStub
     from fedcore.v1.impressions_pb2_grpc import ImpressionsStub
+    from fedcore.v1.membership_pb2_grpc import MembershipStub
     from fedcore.v1.operations_pb2_grpc import OperationsStub
     from fedcore.v1.sites_pb2_grpc import SitesStub
 
@@ -70,6 +71,17 @@ class Admin:
 
         assert self._channel is not None, "opened by open_credential"
         return SitesStub(self._channel)
+
+    @property
+    def membership(self) -> "MembershipStub":
+        """The Membership service of the same connection."""
+        from fedcore import tls as _tls  # noqa: F401 - before grpc
+
+        # isort: split
+        from fedcore.v1.membership_pb2_grpc import MembershipStub
+
+        assert self._channel is not None, "opened by open_credential"
+        return MembershipStub(self._channel)
 
     @property
     def audit(self) -> "AuditStub":

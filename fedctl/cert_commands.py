@@ -162,6 +162,7 @@ def _print_authority(output: Output, reply: "certificates_pb2.Authority") -> Non
         "root_fingerprint": reply.root_fingerprint,
         "root_not_after": reply.root_not_after,
         "issuing_not_after": reply.issuing_not_after,
+        "root_offline": reply.root_offline,
         "previous_fingerprint": reply.previous_fingerprint or None,
         "waiting": waiting,
     }

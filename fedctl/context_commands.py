@@ -1,5 +1,6 @@
 """fedctl context: which coordinator the other commands talk to."""
 
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +31,53 @@ def add(
     contexts = load_contexts(folder).add(name, credential)
     save_contexts(folder, contexts)
     note(f"context '{name}' added" + (" and current" if contexts.current == name else ""))
+
+
+@app.command("enroll")
+def enroll(
+    ctx: typer.Context,
+    name: NameArgument,
+    coordinator: Annotated[str, typer.Option("--coordinator", help="HOST:PORT of the coordinator.")],
+    token: Annotated[
+        str,
+        typer.Option("--token", help="An operator's token; '-' reads it from stdin.", envvar="FEDCTL_TOKEN"),
+    ],
+    ca_fingerprint: Annotated[
+        str, typer.Option("--ca-fingerprint", help="SHA-256 of the federation's root certificate.")
+    ],
+    credential: Annotated[
+        Path | None,
+        typer.Option("--credential", help="Where to put the credential; below fedctl's settings by default."),
+    ] = None,
+    proxy: Annotated[
+        str | None, typer.Option("--proxy", help="HTTP CONNECT proxy, http://HOST:PORT.")
+    ] = None,
+) -> None:
+    """Exchange a single-use token for this operator's credential, and add a context for it.
+
+    The key is made here and never leaves this machine. An owner makes the token: fedctl enroll token create --operator.
+    """
+    from fedctl.operator_enrolment import enroll_operator
+
+    folder = _folder(ctx)
+    contexts = load_contexts(folder)
+    contexts.refuse_name(name)  # before the token is used up
+    target = credential or folder / "credentials" / name
+    enrolled = enroll_operator(
+        target,
+        coordinator=coordinator,
+        token=sys.stdin.read() if token == "-" else token,  # noqa: S105 - a file name's dash
+        ca_fingerprint=ca_fingerprint,
+        now=datetime.now(UTC),
+        proxy=proxy,
+    )
+    contexts = contexts.add(name, target)
+    save_contexts(folder, contexts)
+    note(
+        f"operator {enrolled.id} of federation {enrolled.federation}: credential in {target}; context '{name}' added"
+        + (" and current" if contexts.current == name else "")
+        + "\nnext: fedctl auth whoami; renew it within its life: fedctl cert renew"
+    )
 
 
 @app.command("use")

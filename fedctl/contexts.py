@@ -31,6 +31,13 @@ class Contexts:
         Raises ConfigError if the name is not valid or the folder incomplete, ConflictError if the name is
         taken.
         """
+        self.refuse_name(name)
+        folder = folder.resolve()
+        check_complete(folder)
+        return Contexts({**self.folders, name: folder}, self.current or name)
+
+    def refuse_name(self, name: str) -> None:
+        """Raise ConfigError if a new context can't be called so, ConflictError if one is."""
         if not _NAME.fullmatch(name):
             raise ConfigError(
                 f"context name '{name}' is not valid",
@@ -41,9 +48,6 @@ class Contexts:
                 f"context '{name}' is already there, for {self.folders[name]}",
                 hint=f"remove it first: fedctl context remove {name}",
             )
-        folder = folder.resolve()
-        check_complete(folder)
-        return Contexts({**self.folders, name: folder}, self.current or name)
 
     def use(self, name: str) -> "Contexts":
         """With another current context. Raises NotFoundError."""

@@ -34,6 +34,7 @@ from fedcore.v1 import (
     enrollment_pb2_grpc,
     federation_pb2_grpc,
     impressions_pb2_grpc,
+    membership_pb2_grpc,
     operations_pb2_grpc,
     sites_pb2_grpc,
 )
@@ -46,10 +47,12 @@ from fedserver.compute_work import ComputeWork
 from fedserver.config import ServerConfig, ServerHome
 from fedserver.deliveries import Deliveries
 from fedserver.dry_run import DryRun
+from fedserver.enrollment_requests import EnrollmentRequests
 from fedserver.grants import Grants
 from fedserver.health_facts import HealthFacts, Watched
 from fedserver.interceptors import edge_interceptors
 from fedserver.journal import Journal
+from fedserver.limits import Limits
 from fedserver.own_certificate import OwnCertificate
 from fedserver.registry import Registry
 from fedserver.retention import sweep
@@ -65,6 +68,7 @@ from fedserver.services.enrollment import EnrollmentService
 from fedserver.services.federation import FederationService
 from fedserver.services.health import HealthService
 from fedserver.services.impressions import ImpressionsService
+from fedserver.services.membership import MembershipService
 from fedserver.services.operations import OperationsService
 from fedserver.services.sites import SitesService
 from fedserver.site_purges import SitePurges
@@ -79,7 +83,7 @@ from grpc_health.v1 import health_pb2_grpc
 _TRANSFER_THREADS = 8
 _DRAIN_S = 2.0
 _SERVICES = (
-    "Federation", "Admin", "Certificates", "Access", "Audit", "Operations", "Sites", "Impressions",
+    "Federation", "Admin", "Certificates", "Access", "Membership", "Audit", "Operations", "Sites", "Impressions",
     "Enrollment",
 )  # fmt: skip
 log = structlog.get_logger(__name__)
@@ -96,6 +100,7 @@ class Coordinator:
     audit: AuditLog
     keeper: AuthorityKeeper
     own: OwnCertificate
+    rotation: Rotation
     store: ArtifactStore
     roster: Roster
     driver: RoundDriver
@@ -137,6 +142,7 @@ async def _serve(places: ServerHome, config: ServerConfig, database: Database, l
     servers = await _start_servers(parts, places, database)
     driving = asyncio.create_task(parts.driver.serve())
     renewing = asyncio.create_task(parts.own.serve())
+    watching = asyncio.create_task(parts.rotation.watch())
     stopping = asyncio.create_task(stop.wait())
     watchdog = asyncio.create_task(manager.watch(lambda: parts.compute.stuck(manager.watchdog_s)))
     manager.status(f"serves federation {config.name} at {join_address(config.host, config.port)}")
@@ -149,8 +155,8 @@ async def _serve(places: ServerHome, config: ServerConfig, database: Database, l
         runs=len(parts.driver.views()),
     )
     try:
-        await asyncio.wait({driving, stopping, renewing}, return_when=asyncio.FIRST_COMPLETED)
-        for work in (driving, renewing):
+        await asyncio.wait({driving, stopping, renewing, watching}, return_when=asyncio.FIRST_COMPLETED)
+        for work in (driving, renewing, watching):
             if work.done():
                 work.result()
         return 0
@@ -158,6 +164,7 @@ async def _serve(places: ServerHome, config: ServerConfig, database: Database, l
         manager.stopping()
         stopping.cancel()
         renewing.cancel()
+        watching.cancel()
         await _drain(parts, servers, driving)
         watchdog.cancel()
 
@@ -203,6 +210,7 @@ def _assemble(places: ServerHome, config: ServerConfig, database: Database) -> C
         AuditLog(database),
         keeper,
         own,
+        Rotation(certificates, keeper, own, roster),
         store,
         roster,
         driver,
@@ -235,8 +243,11 @@ async def _start_servers(
         coordinator=coordinator,
         enroll_port=config.enroll_port,
     )
-    deliveries = Deliveries(driver, parts.store, parts.roster, places.spool, parts.pool, parts.turns)
     purges = SitePurges(driver, parts.roster, parts.audit)
+    spool_bytes = config.limits.spool_bytes
+    deliveries = Deliveries(
+        driver, parts.store, parts.roster, places.spool, parts.pool, parts.turns, spool_bytes
+    )
     federation = FederationService(
         config.name,
         config.heartbeat_interval_s,
@@ -260,19 +271,25 @@ async def _start_servers(
         parts.pool,
         parts.turns,
         datetime.now(UTC),
+        spool_bytes,
+        parts.rotation.problems,
     )
-    enrollment = EnrollmentService(tokens, parts.certificates, coordinator, config.enroll_port)
-    certificates = CertificatesService(
-        parts.certificates,
-        config.enroll_port,
-        Rotation(parts.certificates, parts.keeper, parts.own, parts.roster),
+    requests = EnrollmentRequests(database, parts.keeper.current, config.limits)
+    limits = Limits(config.limits)
+    enrollment = EnrollmentService(
+        tokens, parts.certificates, requests, limits, coordinator, config.enroll_port
     )
     impressions = ImpressionsService(driver, parts.roster, purges, parts.store, parts.pool, parts.turns)
+    certificates = CertificatesService(parts.certificates, config.enroll_port, parts.rotation)
     audit = CallAudit(parts.audit)
     main, enrolling = (
         grpc.aio.server(
             interceptors=edge_interceptors(
-                config.name, parts.certificates.check, roles_of=parts.grants.roles_of, audit=audit
+                config.name,
+                parts.certificates.check,
+                roles_of=parts.grants.roles_of,
+                audit=audit,
+                limits=limits,
             ),
             options=SERVER_OPTIONS,
         )
@@ -284,6 +301,7 @@ async def _start_servers(
     access_pb2_grpc.add_AccessServicer_to_server(AccessService(parts.grants), main)
     sites = SitesService(parts.registry, parts.roster, driver, parts.certificates, SystemClock())
     sites_pb2_grpc.add_SitesServicer_to_server(sites, main)
+    membership_pb2_grpc.add_MembershipServicer_to_server(MembershipService(tokens, requests), main)
     audit_pb2_grpc.add_AuditServicer_to_server(AuditService(parts.audit, parts.grants), main)
     journal = Journal(database)
     dry_run = DryRun(

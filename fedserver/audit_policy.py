@@ -29,8 +29,14 @@ class Rule:
 _NO, _AFTER, _BEFORE = Recorded.NO, Recorded.AFTER, Recorded.BEFORE
 
 ACTIONS: dict[str, Rule] = {
-    "/fedcore.v1.Enrollment/Enroll": Rule("site.enroll", _AFTER),
+    "/fedcore.v1.Enrollment/Enroll": Rule("member.enroll", _AFTER),
     "/fedcore.v1.Enrollment/RenewEnded": Rule("certificate.renew-ended", _AFTER),
+    "/fedcore.v1.Enrollment/RequestEnrollment": Rule("enrollment.request", _AFTER),
+    "/fedcore.v1.Enrollment/CheckEnrollment": Rule("enrollment.check"),
+    "/fedcore.v1.Membership/CreateOperatorToken": Rule("operator.invite", _AFTER),
+    "/fedcore.v1.Membership/ListEnrollments": Rule("enrollment.list"),
+    "/fedcore.v1.Membership/ApproveEnrollment": Rule("enrollment.approve", _AFTER),
+    "/fedcore.v1.Membership/DenyEnrollment": Rule("enrollment.deny", _AFTER),
     "/fedcore.v1.Certificates/Renew": Rule("certificate.renew", _AFTER),
     "/fedcore.v1.Certificates/ListCertificates": Rule("certificate.list"),
     "/fedcore.v1.Certificates/RevokeCertificates": Rule("certificate.revoke", _AFTER),

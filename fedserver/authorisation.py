@@ -33,6 +33,13 @@ ROLES: dict[str, frozenset[str]] = {
     "/fedcore.v1.Enrollment/Enroll": _PUBLIC,
     # The ended certificate's key is the proof; served on the enrolment port only.
     "/fedcore.v1.Enrollment/RenewEnded": _PUBLIC,
+    # The operator's approval is what counts; served on the enrolment port only.
+    "/fedcore.v1.Enrollment/RequestEnrollment": _PUBLIC,
+    "/fedcore.v1.Enrollment/CheckEnrollment": _PUBLIC,
+    "/fedcore.v1.Membership/CreateOperatorToken": _OWNERS,
+    "/fedcore.v1.Membership/ListEnrollments": _READERS,
+    "/fedcore.v1.Membership/ApproveEnrollment": _ADMITTING,
+    "/fedcore.v1.Membership/DenyEnrollment": _ADMITTING,
     "/fedcore.v1.Certificates/Renew": _MEMBERS,
     "/fedcore.v1.Certificates/ListCertificates": _READERS,
     "/fedcore.v1.Certificates/RevokeCertificates": _ADMITTING,

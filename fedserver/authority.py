@@ -1,6 +1,6 @@
 """The federation's certificate authority on the coordinator's disk: root and issuing CA, and what they sign.
 
-Signing needs the issuing CA only; `root.key` may be kept elsewhere once the home is initialised.
+Signing needs the issuing CA only; `root.key` may be kept elsewhere (`fedserver init --offline-ca`, fedserver.offline_ca).
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ PREVIOUS = "previous"
 
 @dataclass(frozen=True, slots=True)
 class Retiring:
-    """The root and the issuing CA that a federation moves away from."""
+    """The root and the issuing CA that a federation moves away from. The root may be the present one."""
 
     root: x509.Certificate
     issuing: Signer
@@ -47,7 +47,8 @@ class Authority:
     """Signs the certificates of one federation. `lifetimes` is how long those of each role live (default: 30 days).
 
     While the federation moves to a new CA, `previous` is the old one: members trust and are trusted under both; they
-    get certificates of the new CA, and the coordinator keeps one of the old, which every member still knows.
+    get certificates of the new CA. If it is below another root as well, the coordinator keeps a certificate of the old,
+    which every member still knows.
     """
 
     federation: str
@@ -59,7 +60,7 @@ class Authority:
     @property
     def roots(self) -> list[x509.Certificate]:
         """What members trust: the root, and the old one while there is one."""
-        return [self.root] if self.previous is None else [self.root, self.previous.root]
+        return [self.root] if self.anchor == self.root else [self.root, self.anchor]
 
     @property
     def roots_pem(self) -> str:
@@ -85,6 +86,11 @@ class Authority:
     def issuer(self) -> str:
         """Key identifier of the CA that signs for members."""
         return key_id(self.issuing.certificate)
+
+    def signer_of(self, role: str) -> Signer:
+        """The CA that signs for members of a role."""
+        keeps_old = role == "coordinator" and self.previous is not None and self.anchor != self.root
+        return self.previous.issuing if keeps_old and self.previous is not None else self.issuing
 
     @property
     def issuers(self) -> frozenset[str]:
@@ -120,8 +126,7 @@ class Authority:
         """
         if subject.federation != self.federation:
             raise IdentityError(f"asked to certify {subject.spiffe_id}, but this is {self.federation!r}")
-        server = subject.role == "coordinator"
-        signer = self.previous.issuing if server and self.previous is not None else self.issuing
+        signer = self.signer_of(subject.role)
         ca = signer.certificate
         check_validity(ca.not_valid_before_utc, ca.not_valid_after_utc, now, "issuing CA")
         leaf = make_leaf(
@@ -130,7 +135,7 @@ class Authority:
             federation=self.federation,
             spiffe_id=subject.spiffe_id,
             hosts=hosts,
-            server=server,
+            server=subject.role == "coordinator",
             now=now,
             lifetime=self.lifetimes.get(subject.role, LEAF_LIFETIME),
         )
@@ -138,9 +143,15 @@ class Authority:
 
 
 def create_authority(
-    folder: Path, federation: str, now: datetime, lifetimes: Mapping[str, timedelta] | None = None
+    folder: Path,
+    federation: str,
+    now: datetime,
+    lifetimes: Mapping[str, timedelta] | None = None,
+    *,
+    root_folder: Path | None = None,
 ) -> Authority:
-    """Make root and issuing CA and write them to `folder`: root.crt, root.key, issuing.crt, issuing.key.
+    """Make root and issuing CA and write them to `folder`: root.crt, root.key, issuing.crt, issuing.key; the root's key to
+    `root_folder` instead if that is given, with root.crt beside it.
 
     Raises ConflictError if the folder is there: a federation's root is never overwritten.
     """
@@ -149,15 +160,36 @@ def create_authority(
     root = make_root(federation, now)
     issuing = make_issuing_ca(root, federation, now)
     make_folder(folder)
-    write_signers(folder, root, issuing)
+    write_signer(root_folder or folder, "root", root)
+    write_certificate(folder / "root.crt", root.certificate)
+    write_signer(folder, "issuing", issuing)
     return Authority(federation, root.certificate, issuing, lifetimes or {})
 
 
-def write_signers(folder: Path, root: Signer, issuing: Signer) -> None:
-    """Write root.crt, root.key, issuing.crt and issuing.key to an existing folder."""
-    for name, signer in (("root", root), ("issuing", issuing)):
-        write_file(folder / f"{name}.key", key_to_pem(signer.key))
-        write_file(folder / f"{name}.crt", certificates_to_pem([signer.certificate]), mode=0o644)
+def write_signer(folder: Path, name: str, signer: Signer) -> None:
+    """Write NAME.key and NAME.crt to an existing folder."""
+    write_file(folder / f"{name}.key", key_to_pem(signer.key))
+    write_certificate(folder / f"{name}.crt", signer.certificate)
+
+
+def write_certificate(path: Path, certificate: x509.Certificate) -> None:
+    """Write one certificate; anybody may read it."""
+    write_file(path, certificates_to_pem([certificate]), mode=0o644)
+
+
+def read_signer(folder: Path, name: str) -> Signer:
+    """Read NAME.key and NAME.crt, which must belong together.
+
+    Raises ConfigError for missing or malformed files and a key that others may read, IdentityError.
+    """
+    certificate = read_certificate(folder / f"{name}.crt")
+    path = folder / f"{name}.key"
+    key = key_from_pem(read(path), str(path))
+    check_private(path)
+    public_key = certificate.public_key()
+    if not isinstance(public_key, ec.EllipticCurvePublicKey) or spki(public_key) != spki(key.public_key()):
+        raise IdentityError(f"{folder}: {name}.crt is not of {name}.key")
+    return Signer(certificate, key)
 
 
 def load_authority(
@@ -175,27 +207,24 @@ def load_authority(
 
 
 def _load_pair(folder: Path) -> tuple[x509.Certificate, Signer]:
-    root = _one(folder / "root.crt")
-    certificate = _one(folder / "issuing.crt")
-    key = key_from_pem(_read(folder / "issuing.key"), str(folder / "issuing.key"))
-    for private in (folder / "issuing.key", folder / "root.key"):
-        if private.exists():  # root.key may be kept elsewhere
-            check_private(private)
-    public_key = certificate.public_key()
-    if not isinstance(public_key, ec.EllipticCurvePublicKey) or spki(public_key) != spki(key.public_key()):
-        raise IdentityError(f"{folder}: issuing.crt is not of issuing.key")
-    verify_chain([certificate], root, str(folder))
-    return root, Signer(certificate, key)
+    root = read_certificate(folder / "root.crt")
+    issuing = read_signer(folder, "issuing")
+    if (folder / "root.key").exists():  # it may be kept elsewhere
+        check_private(folder / "root.key")
+    verify_chain([issuing.certificate], root, str(folder))
+    return root, issuing
 
 
-def _one(path: Path) -> x509.Certificate:
-    certificates = certificates_from_pem(_read(path), str(path))
+def read_certificate(path: Path) -> x509.Certificate:
+    """Read a file with one certificate. Raises ConfigError, IdentityError."""
+    certificates = certificates_from_pem(read(path), str(path))
     if len(certificates) != 1:
         raise IdentityError(f"{path}: holds {len(certificates)} certificates, expected one")
     return certificates[0]
 
 
-def _read(path: Path) -> bytes:
+def read(path: Path) -> bytes:
+    """The bytes of a file of the CA's. Raises ConfigError."""
     try:
         return path.read_bytes()
     except OSError as error:

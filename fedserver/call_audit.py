@@ -40,6 +40,8 @@ class CallRecord:
     roles: frozenset[str] = frozenset()
     object: str = ""
     detail: dict[str, Value] = field(default_factory=dict)
+    # Said by its handler: it changed nothing, so there is nothing to record.
+    unchanged: bool = False
 
     @property
     def rule(self) -> Rule:
@@ -63,6 +65,13 @@ def note(thing: str = "", **detail: Value) -> None:
         return
     current.object = thing or current.object
     current.detail.update(detail)
+
+
+def nothing_changed() -> None:
+    """Leave the call under way, if it succeeds, out of the log: it repeated what was recorded already."""
+    current = _CURRENT.get(None)
+    if current is not None:
+        current.unchanged = True
 
 
 def roles_of_call() -> frozenset[str]:
@@ -93,18 +102,21 @@ class CallAudit:
 
     async def succeeded(self, call: CallRecord) -> None:
         """Record a call that is about to be answered, if the table says so. Raises StorageError."""
-        if call.rule.recorded is Recorded.AFTER:
+        if call.rule.recorded is Recorded.AFTER and not call.unchanged:
             await self._log.record(call.fact(OK))
 
-    async def failed(self, call: CallRecord, error: Exception) -> None:
-        """Record a refusal, and the failure of a call that the table names. A log that can't be written is only told."""
+    async def failed(self, call: CallRecord, error: Exception) -> bool:
+        """Record a refusal, and the failure of a call that the table names. A log that can't be written is only told.
+
+        False for one refusal of many, which are only counted.
+        """
         refusal = isinstance(error, PermissionDeniedError | IdentityError | OverloadedError)
         if not refusal and call.rule.recorded is Recorded.NO:
-            return
+            return True
         if refusal:
             unrecorded = self._refusals.admit(call.actor, call.rule.action)
             if unrecorded is None:
-                return
+                return False
             if unrecorded:
                 call.detail["refusals_not_recorded"] = unrecorded
         if isinstance(error, FedimpresError):
@@ -112,6 +124,7 @@ class CallAudit:
         else:
             code, call.detail["error"] = InternalError.code, type(error).__name__
         await self._try(call, call.fact(code))
+        return True
 
     async def cancelled(self, call: CallRecord) -> None:
         """Record that the caller went away during a call that the table records afterwards."""

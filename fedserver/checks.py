@@ -12,6 +12,7 @@ from fedcore.identity import Subject
 from fedserver.authority import load_authority
 from fedserver.config import ServerConfig, ServerHome
 from fedserver.registry import Registry
+from fedserver.rotation import ends_soon
 from fedserver.schema import MIGRATIONS
 
 
@@ -35,7 +36,13 @@ def check_home(home: Path, now: datetime) -> Iterator[str]:
     config = load_home(home)
     yield f"ok  {paths.config}: federation {config.name}, {config.host}:{config.port}"
     authority = load_authority(paths.pki, config.name)
-    yield f"ok  {paths.pki}: issuing CA until {authority.issuing.certificate.not_valid_after_utc:%Y-%m-%d}"
+    offline = not (paths.pki / "root.key").exists()
+    yield (
+        f"ok  {paths.pki}: issuing CA until {authority.issuing.certificate.not_valid_after_utc:%Y-%m-%d}, "
+        f"root's key {'kept elsewhere' if offline else 'here'}"
+    )
+    for problem in ends_soon(authority, now, offline=offline):
+        yield f"bad {problem}"
     credential = load_credential(paths.credential, now, allow_expired=True)
     expected = Subject(config.name, "coordinator", "")
     if credential.subject != expected:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fedcore.program import run_program
+from fedserver.ca_commands import HomeOption, ca_app
 
 app = typer.Typer(
     help="The coordinator of a fedimpres federation.",
@@ -16,7 +17,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-HomeOption = Annotated[Path, typer.Option("--home", help="The coordinator's folder.", file_okay=False)]
+app.add_typer(ca_app, name="ca")
 
 
 @app.command()
@@ -26,13 +27,34 @@ def init(
     host: Annotated[str, typer.Option(help="The name or address that sites dial.")],
     port: Annotated[int, typer.Option(help="Port for sites and operators.", min=1, max=65535)] = 8443,
     enroll_port: Annotated[int, typer.Option(help="Port for enrolment.", min=1, max=65535)] = 8444,
+    offline_ca: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the root's key, which is not left on this machine; absent or empty, outside the home.",
+            file_okay=False,
+        ),
+    ] = None,
 ) -> None:
     """Make a federation: root and issuing CA, coordinator certificate, first operator credential,
     configuration.
     """
     from fedserver.initialise import initialise
 
-    made = initialise(home, name=name, host=host, port=port, enroll_port=enroll_port, now=datetime.now(UTC))
+    made = initialise(
+        home,
+        name=name,
+        host=host,
+        port=port,
+        enroll_port=enroll_port,
+        now=datetime.now(UTC),
+        offline_ca=offline_ca,
+    )
+    root_key = (offline_ca or made.home.pki) / "root.key"
+    advice = (
+        f"{root_key} is on this machine still: take {offline_ca} away, and keep a copy in another safe place."
+        if offline_ca
+        else f"{root_key} is not needed to serve: keep it offline, and back it up."
+    )
     typer.echo(f"""\
 Federation {name} is ready in {home}.
   coordinator     {made.coordinator}
@@ -44,7 +66,7 @@ Next:
      fedctl context add {name} --credential {made.home.operator}
   3. for each site:  fedctl enroll token create --site SITE
 
-{made.home.pki / "root.key"} is not needed to serve: keep it offline, and back it up.""")
+{advice}""")
 
 
 @app.command()

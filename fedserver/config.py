@@ -28,6 +28,31 @@ class AdmissionConfig(ConfigSection):
     max_transfers: int = Field(4, ge=1)
 
 
+class LimitsConfig(ConfigSection):
+    """What one member, or one address at the enrolment port, may take. Whoever asks for more is refused for a while."""
+
+    # Calls of one site or operator, on average; five seconds' worth at once.
+    requests_per_s: float = Field(100.0, gt=0)
+    # Calls of one member that are open at once: watches, the directives' stream, transfers.
+    open_streams: int = Field(32, ge=1)
+    # Downloads, uploads, fetches and deliveries of one member at once.
+    transfers: int = Field(8, ge=1)
+    # Updates of one site on their way in, and one model that an operator uploads.
+    spool_mib: int = Field(16_384, ge=1)
+    # Refused enrolments of one address (wrong tokens, bad requests). A good token is taken all the same.
+    failed_enrolments_per_min: float = Field(10.0, gt=0)
+    # Sites that wait for an operator's approval.
+    enroll_requests: int = Field(256, ge=1)
+    enroll_requests_per_address: int = Field(4, ge=1)
+    enroll_requests_per_site: int = Field(4, ge=1)
+    enroll_request_hours: float = Field(72.0, gt=0, le=24 * 30)
+
+    @property
+    def spool_bytes(self) -> int:
+        """`spool_mib` in bytes."""
+        return self.spool_mib << 20
+
+
 Days = Annotated[float, Field(gt=0, le=365)]
 
 
@@ -61,6 +86,7 @@ class ServerConfig(ConfigSection):
     heartbeat_interval_s: float = Field(5.0, gt=0)
     compute: ComputeConfig = ComputeConfig()
     admission: AdmissionConfig = AdmissionConfig()
+    limits: LimitsConfig = LimitsConfig()
     certificates: CertificatesConfig = CertificatesConfig()
 
 
@@ -79,6 +105,11 @@ class ServerHome:
     def pki(self) -> Path:
         """Root and issuing CA: root.crt, root.key, issuing.crt, issuing.key."""
         return self.root / "pki"
+
+    @property
+    def ca_request(self) -> Path:
+        """The key of an issuing CA that waits for its certificate (`fedserver ca request`)."""
+        return self.root / "ca-request"
 
     @property
     def credential(self) -> Path:

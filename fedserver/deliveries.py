@@ -17,6 +17,7 @@ from fedcore.errors import (
     DigestMismatchError,
     NonFiniteError,
     NotFoundError,
+    OverloadedError,
     ProtocolError,
     TensorMismatchError,
     TransferError,
@@ -50,6 +51,7 @@ class Deliveries:
         spool: Path,
         pool: ThreadPoolExecutor,
         turns: Turns,
+        max_site_bytes: int,
     ) -> None:
         self._driver = driver
         self._store = store
@@ -57,6 +59,9 @@ class Deliveries:
         self._spool = spool
         self._pool = pool
         self._turns = turns
+        self._max_site_bytes = max_site_bytes
+        # How large each update that is arriving says it is.
+        self._incoming: dict[Path, int] = {}
         # Of each delivery under way, what its newest stream's successor sets.
         self._streams: dict[Path, asyncio.Event] = {}
         self._locks: dict[Path, asyncio.Lock] = {}
@@ -83,7 +88,7 @@ class Deliveries:
         """Take one update in. Returns once it is durable and journalled.
 
         Raises TensorMismatchError, NonFiniteError, DigestMismatchError (the spooled bytes are dropped),
-        TruncatedStreamError (they are kept, to go on from), ProtocolError, NotFoundError.
+        TruncatedStreamError (they are kept, to go on from), ProtocolError, NotFoundError, OverloadedError.
         """
         key = header.key
         if self._stored(site, key):
@@ -99,17 +104,19 @@ class Deliveries:
             raise TransferError(f"{who}: the manifest's digest differs from the delivery's")
         self._sweep()
         path = self._path(site, key)
+        self._check_room(site, path, manifest.payload_bytes)
         self._drop_other_spools(path)
         if (older := self._streams.get(path)) is not None:
             older.set()
         stream = self._streams[path] = asyncio.Event()
+        self._incoming[path] = manifest.payload_bytes
         try:
             async with self._locks.setdefault(path, asyncio.Lock()):
                 await self._spool_parts(path, stream, manifest, header, who, parts, site)
                 await in_pool(self._pool, self._store.adopt, path, key.digest)
         finally:
             if self._streams.get(path) is stream:
-                del self._streams[path]
+                del self._streams[path], self._incoming[path]
                 self._locks.pop(path, None)
         event = ev.UpdateStored(
             at=self._driver.wall(), round=key.round, site=site, digest=key.digest,
@@ -169,6 +176,18 @@ class Deliveries:
             await _ended(write_back)
             sink.close()
 
+    def _check_room(self, site: str, path: Path, payload_bytes: int) -> None:
+        """Raise OverloadedError if a site would have more on its way in than one site may."""
+        others = sum(
+            size for other, size in self._incoming.items() if other != path and _site_of(other) == site
+        )
+        if others + payload_bytes > self._max_site_bytes:
+            raise OverloadedError(
+                f"{site}: {payload_bytes} bytes more, with {others} on their way in already, are above the limit of "
+                f"{self._max_site_bytes} for one site",
+                hint="it tries again by itself; the limit is spool_mib of [limits] in fedserver.toml",
+            )
+
     def _drop_other_spools(self, path: Path) -> None:
         """One half-arrived update a site and round: a new digest takes the place of what was left of another."""
         for other in self._spool.glob(f"{path.name.rpartition('~')[0]}~*.part"):
@@ -205,6 +224,11 @@ class Deliveries:
             self._spool
             / f"{self._state(key.run).run}~{key.round}~{site}~{check_digest_form(key.digest)[:16]}.part"
         )
+
+
+def _site_of(path: Path) -> str:
+    """The site that a spooled file is of (see `Deliveries._path`)."""
+    return path.name.split("~")[2]
 
 
 async def _ended(write_back: asyncio.Task[None] | None) -> None:

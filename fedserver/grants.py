@@ -51,7 +51,7 @@ class Grants:
 
     async def grant(self, operator: str, role: str, by: str) -> None:
         """Give an operator a role; one that it has stays as it is. Raises ConfigError."""
-        _check(operator, role)
+        check_grant(operator, role)
         now = self._clock()
         await self._database.write(lambda c: grant(c, operator, role, now, by))
 
@@ -60,7 +60,7 @@ class Grants:
 
         Raises ConfigError, and ConflictError for the last owner, without whom nobody could grant anything.
         """
-        _check(operator, role)
+        check_grant(operator, role)
 
         def write(connection: sqlite3.Connection) -> None:
             owners = [
@@ -85,11 +85,13 @@ def grant(connection: sqlite3.Connection, operator: str, role: str, now: datetim
     )
 
 
-def _check(operator: str, role: str) -> None:
+def check_grant(operator: str, *roles: str) -> None:
+    """Raise ConfigError unless `operator` may be an operator's name and `roles` are roles."""
     if not is_name(operator):
         raise ConfigError(
             f"{operator!r:.80} is not an operator's name",
             hint="lower-case letters, digits, '.', '_' and '-', 63 at most, first and last a letter or digit",
         )
-    if role not in GRANTABLE:
-        raise ConfigError(f"{role!r:.80} is not a role: expected {', '.join(GRANTABLE)}")
+    for role in roles:
+        if role not in GRANTABLE:
+            raise ConfigError(f"{role!r:.80} is not a role: expected {', '.join(GRANTABLE)}")

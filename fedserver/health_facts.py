@@ -37,7 +37,7 @@ CONTACT_GRACE_S = 120.0
 _OVERDUE = 0.25
 # CAs are renewed by hand (`fedctl cert ca rotate`), which takes planning.
 _CA_NOTICE = {"issuing-ca": timedelta(days=60), "root-ca": timedelta(days=180)}
-_ROTATE = "plan a change of the CA: fedctl cert ca rotate"
+_ROTATE = "plan a change of the CA: fedctl cert ca rotate; below an offline root: fedserver ca request"
 _DAY_S = 86_400.0
 
 

@@ -24,6 +24,7 @@ from fedserver.authorisation import OPERATOR, OWNER
 from fedserver.authority import create_authority
 from fedserver.config import ServerConfig, ServerHome
 from fedserver.grants import grant
+from fedserver.offline_ca import prepare_root_folder
 from fedserver.schema import MIGRATIONS
 
 FIRST_OPERATOR = "admin"
@@ -40,22 +41,33 @@ class Initialised:
 
 
 def initialise(
-    home: Path, *, name: str, host: str, port: int, enroll_port: int, now: datetime
+    home: Path,
+    *,
+    name: str,
+    host: str,
+    port: int,
+    enroll_port: int,
+    now: datetime,
+    offline_ca: Path | None = None,
 ) -> Initialised:
     """Make root, issuing CA, coordinator certificate, operator credential, database and configuration in
-    `home`.
+    `home`; the root's key in the folder `offline_ca` instead, if that is given.
 
-    `home` must be absent or empty. Raises ConflictError if it is not, ConfigError for values that are not
-    allowed; in both cases nothing is changed. A failure on the way removes what was made.
+    Both must be absent or empty. Raises ConflictError if they are not, ConfigError for values that are not
+    allowed; in both cases nothing is changed. A failure on the way removes what was made in the home.
     """
     config = _validated(name, host, port, enroll_port)
     _refuse_used(home)
+    if offline_ca is not None:
+        if offline_ca.resolve().is_relative_to(home.resolve()):
+            raise ConfigError(f"--offline-ca {offline_ca} is in the home: expected a folder to take away")
+        prepare_root_folder(offline_ca)
     was_there = home.exists()
     make_folder(home)
     mark = home / _MARK
     mark.touch(mode=0o600)
     try:
-        initialised = _fill(ServerHome(home), config, now)
+        initialised = _fill(ServerHome(home), config, now, offline_ca)
     except BaseException:
         _remove(home, keep_folder=was_there)
         raise
@@ -90,8 +102,10 @@ def _refuse_used(home: Path) -> None:
         )
 
 
-def _fill(home: ServerHome, config: ServerConfig, now: datetime) -> Initialised:
-    authority = create_authority(home.pki, config.name, now, config.certificates.lifetimes())
+def _fill(home: ServerHome, config: ServerConfig, now: datetime, offline_ca: Path | None) -> Initialised:
+    authority = create_authority(
+        home.pki, config.name, now, config.certificates.lifetimes(), root_folder=offline_ca
+    )
     coordinator = join_address(config.host.strip("[]"), config.port)
     database = open_database(home.database, MIGRATIONS, create=True)
     try:
@@ -141,6 +155,17 @@ log_level = {json.dumps(config.log_level)}    # debug | info | warning | error
 # [admission]
 # max_agents = {config.admission.max_agents}
 # max_transfers = {config.admission.max_transfers}      # chunks of 2 MiB that move at a time; more transfers take turns
+
+# [limits]              # of one member; whoever asks for more is refused for a while (overloaded)
+# requests_per_s = {config.limits.requests_per_s:g}
+# open_streams = {config.limits.open_streams}
+# transfers = {config.limits.transfers}
+# spool_mib = {config.limits.spool_mib}                  # updates of a site on their way in, a model that is uploaded
+# failed_enrolments_per_min = {config.limits.failed_enrolments_per_min:g}    # of one address; a good token is always taken
+# enroll_requests = {config.limits.enroll_requests}              # sites that wait for approval, in all, by address, by name
+# enroll_requests_per_address = {config.limits.enroll_requests_per_address}
+# enroll_requests_per_site = {config.limits.enroll_requests_per_site}
+# enroll_request_hours = {config.limits.enroll_request_hours:g}
 
 # [certificates]        # all are renewed by themselves after two thirds of their life, operators' by fedctl cert renew
 # site_days = {config.certificates.site_days:g}

@@ -9,7 +9,7 @@ import asyncio
 import inspect
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from contextvars import ContextVar
 from datetime import datetime
 from functools import partial
@@ -23,6 +23,7 @@ from fedcore.identity import Caller, caller_from_auth_context, check_not_ended
 from fedcore.status import to_status
 from fedserver.authorisation import authorise, is_public
 from fedserver.call_audit import CallAudit, CallRecord
+from fedserver.limits import Limits
 from fedserver.open_calls import OpenCalls
 from fedserver.registry import utc_now
 
@@ -57,7 +58,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
     counts: `check_certificate` raises IdentityError for one that does not (unknown, revoked, of a dropped CA).
 
     `roles_of` says what a caller is let in as; `audit` records what the table of fedserver.audit_policy names, and
-    every refusal. Streams are asked again while they are open.
+    every refusal; `limits` says how much one caller may ask for. Streams are asked again while they are open.
     """
 
     def __init__(
@@ -68,7 +69,9 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         *,
         roles_of: RolesOf,
         audit: CallAudit,
+        limits: Limits,
     ) -> None:
+        self._limits = limits
         self._federation = federation
         self._check_certificate = check_certificate
         self._roles_of = roles_of
@@ -140,12 +143,14 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
                 known = caller_from_auth_context(context.auth_context(), self._federation, self._clock())
                 caller = record.actor = str(known)
                 self._check_certificate(known)
+                self._limits.called(caller)
                 record.roles = self._roles_of(known)
                 record.role = authorise(method, known, record.roles)
                 _CALLER.set(known)
                 if lasting:
                     answer = partial(self._open_calls.run, known, answer)
-            result = await answer()
+            with self._limits.open(caller, method) if lasting else nullcontext():
+                result = await answer()
             await self._audit.succeeded(record)
         except asyncio.CancelledError:
             _log.debug("rpc cancelled", method=method, caller=caller, seconds=_since(started))
@@ -157,8 +162,8 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         except Exception as error:
             if isinstance(error, NotImplementedError):
                 error = ProtocolError(f"{method.rpartition('.')[2]} is not served here")
-            await self._audit.failed(record, error)
-            await _refuse(error, method, caller, context, started)
+            recorded = await self._audit.failed(record, error)
+            await _refuse(error, method, caller, context, started, quiet=not recorded)
         else:
             _log.debug("rpc", method=method, caller=caller, code="OK", seconds=_since(started))
             return result
@@ -171,18 +176,25 @@ def edge_interceptors(
     *,
     roles_of: RolesOf,
     audit: CallAudit,
+    limits: Limits | None = None,
 ) -> list[grpc.aio.ServerInterceptor]:
     """What a server of the coordinator is made with: `aio.server(interceptors=edge_interceptors(name, check))`."""
-    return [EdgeInterceptor(federation, check_certificate, clock, roles_of=roles_of, audit=audit)]
+    return [
+        EdgeInterceptor(
+            federation, check_certificate, clock, roles_of=roles_of, audit=audit, limits=limits or Limits()
+        )
+    ]
 
 
-async def _refuse(error: Exception, method: str, caller: str, context: Any, started: float) -> None:
-    """End the call with the error's status. Always raises grpc's AbortError."""
+async def _refuse(
+    error: Exception, method: str, caller: str, context: Any, started: float, *, quiet: bool
+) -> None:
+    """End the call with the error's status. Always raises grpc's AbortError. `quiet`: one of many of the same."""
     status, message, metadata = to_status(error)
     ours = status in _OURS
     # The log gets the error's own words, which may say more than the caller is told.
     words = str(error) if isinstance(error, FedimpresError) else f"{type(error).__name__}: {error}"
-    (_log.error if ours else _log.info)(
+    (_log.error if ours else _log.debug if quiet else _log.info)(
         "rpc failed" if ours else "rpc refused",
         method=method,
         caller=caller,

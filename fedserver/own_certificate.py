@@ -9,7 +9,7 @@ import structlog
 
 from fedcore.credential import Credential, load_credential, write_credential
 from fedcore.errors import FedimpresError
-from fedcore.pki import LOOPBACK_NAMES, new_key, serial_text
+from fedcore.pki import LOOPBACK_NAMES, issuer_key_id, key_id, new_key, serial_text
 from fedcore.renewal import renew_at, retry_s
 from fedserver.certificates import Certificates
 from fedserver.registry import utc_now
@@ -42,9 +42,11 @@ class OwnCertificate:
 
         Raises as `renew`.
         """
+        authority = self._certificates.authority
         ended = self._clock() > self._current.certificate.not_valid_after_utc
-        roots = self._certificates.authority.roots_pem.encode()
-        if ended or self._current.ca_pem != roots:
+        signer = key_id(authority.signer_of("coordinator").certificate)
+        moved = issuer_key_id(self._current.certificate) != signer
+        if ended or moved or self._current.ca_pem != authority.roots_pem.encode():
             await self.renew()
 
     async def renew(self) -> None:

@@ -87,4 +87,22 @@ MIGRATIONS: tuple[str, ...] = (
     UPDATE sites SET standing = 'disabled' WHERE enabled = 0;
     ALTER TABLE sites DROP COLUMN enabled;
     """,
+    # Tokens for operators too (`site` is the name, whatever the role), and requests to be let in.
+    """
+    ALTER TABLE tokens ADD COLUMN role TEXT NOT NULL DEFAULT 'site' CHECK (role IN ('site', 'operator'));
+    CREATE TABLE enrollment_requests (
+        key_fingerprint TEXT PRIMARY KEY,
+        site TEXT NOT NULL,
+        csr_pem TEXT NOT NULL,
+        address TEXT NOT NULL,
+        requested_at TEXT NOT NULL,
+        expires_at TEXT NOT NULL,
+        state TEXT NOT NULL DEFAULT 'waiting' CHECK (state IN ('waiting', 'approved', 'denied')),
+        decided_at TEXT NOT NULL DEFAULT '',
+        decided_by TEXT NOT NULL DEFAULT '',
+        reason TEXT NOT NULL DEFAULT '',
+        serial TEXT NOT NULL DEFAULT '',
+        chain_pem TEXT NOT NULL DEFAULT ''
+    ) STRICT;
+    """,
 )

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66\x65\x64\x63ore/v1/certificates.proto\x12\nfedcore.v1\"\x15\n\x13GetAuthorityRequest\"7\n\x16RotateAuthorityRequest\x12\x0e\n\x06\x66inish\x18\x01 \x01(\x08\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"\xa0\x01\n\tAuthority\x12\x18\n\x10root_fingerprint\x18\x01 \x01(\t\x12\x16\n\x0eroot_not_after\x18\x02 \x01(\t\x12\x19\n\x11issuing_not_after\x18\x03 \x01(\t\x12\x1c\n\x14previous_fingerprint\x18\x04 \x01(\t\x12(\n\x07waiting\x18\x05 \x03(\x0b\x32\x17.fedcore.v1.Certificate\"\x1f\n\x0cRenewRequest\x12\x0f\n\x07\x63sr_pem\x18\x01 \x01(\t\"P\n\nRenewReply\x12\x1d\n\x15\x63\x65rtificate_chain_pem\x18\x01 \x01(\t\x12\x0e\n\x06\x63\x61_pem\x18\x02 \x01(\t\x12\x13\n\x0b\x65nroll_port\x18\x03 \x01(\r\"m\n\x17ListCertificatesRequest\x12\x0e\n\x06serial\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12\x0f\n\x07\x63urrent\x18\x04 \x01(\x08\x12\x12\n\npage_token\x18\x05 \x01(\t\"_\n\x15ListCertificatesReply\x12-\n\x0c\x63\x65rtificates\x18\x01 \x03(\x0b\x32\x17.fedcore.v1.Certificate\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xf2\x01\n\x0b\x43\x65rtificate\x12\x0e\n\x06serial\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12\x12\n\nnot_before\x18\x04 \x01(\t\x12\x11\n\tnot_after\x18\x05 \x01(\t\x12\x11\n\tissued_at\x18\x06 \x01(\t\x12\r\n\x05state\x18\x07 \x01(\t\x12\x12\n\nrevoked_at\x18\x08 \x01(\t\x12\x12\n\nrevoked_by\x18\t \x01(\t\x12\x0e\n\x06reason\x18\n \x01(\t\x12\x0e\n\x06renews\x18\x0b \x01(\t\x12\x13\n\x0breplaced_by\x18\x0c \x01(\t\x12\x0e\n\x06issuer\x18\r \x01(\t\"Z\n\x19RevokeCertificatesRequest\x12\x0e\n\x06serial\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"Y\n\x17RevokeCertificatesReply\x12-\n\x0c\x63\x65rtificates\x18\x01 \x03(\x0b\x32\x17.fedcore.v1.Certificate\x12\x0f\n\x07revoked\x18\x02 \x01(\r2\x9d\x03\n\x0c\x43\x65rtificates\x12\x39\n\x05Renew\x12\x18.fedcore.v1.RenewRequest\x1a\x16.fedcore.v1.RenewReply\x12Z\n\x10ListCertificates\x12#.fedcore.v1.ListCertificatesRequest\x1a!.fedcore.v1.ListCertificatesReply\x12`\n\x12RevokeCertificates\x12%.fedcore.v1.RevokeCertificatesRequest\x1a#.fedcore.v1.RevokeCertificatesReply\x12\x46\n\x0cGetAuthority\x12\x1f.fedcore.v1.GetAuthorityRequest\x1a\x15.fedcore.v1.Authority\x12L\n\x0fRotateAuthority\x12\".fedcore.v1.RotateAuthorityRequest\x1a\x15.fedcore.v1.Authorityb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66\x65\x64\x63ore/v1/certificates.proto\x12\nfedcore.v1\"\x15\n\x13GetAuthorityRequest\"7\n\x16RotateAuthorityRequest\x12\x0e\n\x06\x66inish\x18\x01 \x01(\x08\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"\xb6\x01\n\tAuthority\x12\x18\n\x10root_fingerprint\x18\x01 \x01(\t\x12\x16\n\x0eroot_not_after\x18\x02 \x01(\t\x12\x19\n\x11issuing_not_after\x18\x03 \x01(\t\x12\x1c\n\x14previous_fingerprint\x18\x04 \x01(\t\x12(\n\x07waiting\x18\x05 \x03(\x0b\x32\x17.fedcore.v1.Certificate\x12\x14\n\x0croot_offline\x18\x06 \x01(\x08\"\x1f\n\x0cRenewRequest\x12\x0f\n\x07\x63sr_pem\x18\x01 \x01(\t\"P\n\nRenewReply\x12\x1d\n\x15\x63\x65rtificate_chain_pem\x18\x01 \x01(\t\x12\x0e\n\x06\x63\x61_pem\x18\x02 \x01(\t\x12\x13\n\x0b\x65nroll_port\x18\x03 \x01(\r\"m\n\x17ListCertificatesRequest\x12\x0e\n\x06serial\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12\x0f\n\x07\x63urrent\x18\x04 \x01(\x08\x12\x12\n\npage_token\x18\x05 \x01(\t\"_\n\x15ListCertificatesReply\x12-\n\x0c\x63\x65rtificates\x18\x01 \x03(\x0b\x32\x17.fedcore.v1.Certificate\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xf2\x01\n\x0b\x43\x65rtificate\x12\x0e\n\x06serial\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12\x12\n\nnot_before\x18\x04 \x01(\t\x12\x11\n\tnot_after\x18\x05 \x01(\t\x12\x11\n\tissued_at\x18\x06 \x01(\t\x12\r\n\x05state\x18\x07 \x01(\t\x12\x12\n\nrevoked_at\x18\x08 \x01(\t\x12\x12\n\nrevoked_by\x18\t \x01(\t\x12\x0e\n\x06reason\x18\n \x01(\t\x12\x0e\n\x06renews\x18\x0b \x01(\t\x12\x13\n\x0breplaced_by\x18\x0c \x01(\t\x12\x0e\n\x06issuer\x18\r \x01(\t\"Z\n\x19RevokeCertificatesRequest\x12\x0e\n\x06serial\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"Y\n\x17RevokeCertificatesReply\x12-\n\x0c\x63\x65rtificates\x18\x01 \x03(\x0b\x32\x17.fedcore.v1.Certificate\x12\x0f\n\x07revoked\x18\x02 \x01(\r2\x9d\x03\n\x0c\x43\x65rtificates\x12\x39\n\x05Renew\x12\x18.fedcore.v1.RenewRequest\x1a\x16.fedcore.v1.RenewReply\x12Z\n\x10ListCertificates\x12#.fedcore.v1.ListCertificatesRequest\x1a!.fedcore.v1.ListCertificatesReply\x12`\n\x12RevokeCertificates\x12%.fedcore.v1.RevokeCertificatesRequest\x1a#.fedcore.v1.RevokeCertificatesReply\x12\x46\n\x0cGetAuthority\x12\x1f.fedcore.v1.GetAuthorityRequest\x1a\x15.fedcore.v1.Authority\x12L\n\x0fRotateAuthority\x12\".fedcore.v1.RotateAuthorityRequest\x1a\x15.fedcore.v1.Authorityb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,21 +36,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROTATEAUTHORITYREQUEST']._serialized_start=68
   _globals['_ROTATEAUTHORITYREQUEST']._serialized_end=123
   _globals['_AUTHORITY']._serialized_start=126
-  _globals['_AUTHORITY']._serialized_end=286
-  _globals['_RENEWREQUEST']._serialized_start=288
-  _globals['_RENEWREQUEST']._serialized_end=319
-  _globals['_RENEWREPLY']._serialized_start=321
-  _globals['_RENEWREPLY']._serialized_end=401
-  _globals['_LISTCERTIFICATESREQUEST']._serialized_start=403
-  _globals['_LISTCERTIFICATESREQUEST']._serialized_end=512
-  _globals['_LISTCERTIFICATESREPLY']._serialized_start=514
-  _globals['_LISTCERTIFICATESREPLY']._serialized_end=609
-  _globals['_CERTIFICATE']._serialized_start=612
-  _globals['_CERTIFICATE']._serialized_end=854
-  _globals['_REVOKECERTIFICATESREQUEST']._serialized_start=856
-  _globals['_REVOKECERTIFICATESREQUEST']._serialized_end=946
-  _globals['_REVOKECERTIFICATESREPLY']._serialized_start=948
-  _globals['_REVOKECERTIFICATESREPLY']._serialized_end=1037
-  _globals['_CERTIFICATES']._serialized_start=1040
-  _globals['_CERTIFICATES']._serialized_end=1453
+  _globals['_AUTHORITY']._serialized_end=308
+  _globals['_RENEWREQUEST']._serialized_start=310
+  _globals['_RENEWREQUEST']._serialized_end=341
+  _globals['_RENEWREPLY']._serialized_start=343
+  _globals['_RENEWREPLY']._serialized_end=423
+  _globals['_LISTCERTIFICATESREQUEST']._serialized_start=425
+  _globals['_LISTCERTIFICATESREQUEST']._serialized_end=534
+  _globals['_LISTCERTIFICATESREPLY']._serialized_start=536
+  _globals['_LISTCERTIFICATESREPLY']._serialized_end=631
+  _globals['_CERTIFICATE']._serialized_start=634
+  _globals['_CERTIFICATE']._serialized_end=876
+  _globals['_REVOKECERTIFICATESREQUEST']._serialized_start=878
+  _globals['_REVOKECERTIFICATESREQUEST']._serialized_end=968
+  _globals['_REVOKECERTIFICATESREPLY']._serialized_start=970
+  _globals['_REVOKECERTIFICATESREPLY']._serialized_end=1059
+  _globals['_CERTIFICATES']._serialized_start=1062
+  _globals['_CERTIFICATES']._serialized_end=1475
 # @@protoc_insertion_point(module_scope)

@@ -65,6 +65,7 @@ class Authority(_message.Message):
     ISSUING_NOT_AFTER_FIELD_NUMBER: _builtins.int
     PREVIOUS_FINGERPRINT_FIELD_NUMBER: _builtins.int
     WAITING_FIELD_NUMBER: _builtins.int
+    ROOT_OFFLINE_FIELD_NUMBER: _builtins.int
     root_fingerprint: _builtins.str
     """SHA-256 of the newest root (DER), hex."""
     root_not_after: _builtins.str
@@ -72,6 +73,8 @@ class Authority(_message.Message):
     issuing_not_after: _builtins.str
     previous_fingerprint: _builtins.str
     """The root that is on its way out; empty unless a rotation is under way."""
+    root_offline: _builtins.bool
+    """The root's key is not on the coordinator: RotateAuthority begins nothing, a new issuing CA comes by files."""
     @_builtins.property
     def waiting(self) -> _containers.RepeatedCompositeFieldContainer[Global___Certificate]:
         """Certificates of members that were signed by the old CA and not renewed yet."""
@@ -84,10 +87,11 @@ class Authority(_message.Message):
         issuing_not_after: _builtins.str = ...,
         previous_fingerprint: _builtins.str = ...,
         waiting: _abc.Iterable[Global___Certificate] | None = ...,
+        root_offline: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["issuing_not_after", b"issuing_not_after", "previous_fingerprint", b"previous_fingerprint", "root_fingerprint", b"root_fingerprint", "root_not_after", b"root_not_after", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["issuing_not_after", b"issuing_not_after", "previous_fingerprint", b"previous_fingerprint", "root_fingerprint", b"root_fingerprint", "root_not_after", b"root_not_after", "root_offline", b"root_offline", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from fedcore.v1 import certificates_pb2 as fedcore_dot_v1_dot_certificates__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66\x65\x64\x63ore/v1/enrollment.proto\x12\nfedcore.v1\x1a\x1d\x66\x65\x64\x63ore/v1/certificates.proto\"H\n\rEnrollRequest\x12\x10\n\x08token_id\x18\x01 \x01(\t\x12\x14\n\x0ctoken_secret\x18\x02 \x01(\t\x12\x0f\n\x07\x63sr_pem\x18\x03 \x01(\t\"s\n\x0b\x45nrollReply\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x12\n\nfederation\x18\x02 \x01(\t\x12\x1d\n\x15\x63\x65rtificate_chain_pem\x18\x03 \x01(\t\x12\x0e\n\x06\x63\x61_pem\x18\x04 \x01(\t\x12\x13\n\x0b\x63oordinator\x18\x05 \x01(\t\"P\n\x11RenewEndedRequest\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x01 \x01(\t\x12\x0f\n\x07\x63sr_pem\x18\x02 \x01(\t\x12\x11\n\tsignature\x18\x03 \x01(\x0c\x32\x8f\x01\n\nEnrollment\x12<\n\x06\x45nroll\x12\x19.fedcore.v1.EnrollRequest\x1a\x17.fedcore.v1.EnrollReply\x12\x43\n\nRenewEnded\x12\x1d.fedcore.v1.RenewEndedRequest\x1a\x16.fedcore.v1.RenewReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66\x65\x64\x63ore/v1/enrollment.proto\x12\nfedcore.v1\x1a\x1d\x66\x65\x64\x63ore/v1/certificates.proto\"H\n\rEnrollRequest\x12\x10\n\x08token_id\x18\x01 \x01(\t\x12\x14\n\x0ctoken_secret\x18\x02 \x01(\t\x12\x0f\n\x07\x63sr_pem\x18\x03 \x01(\t\"\x8d\x01\n\x0b\x45nrollReply\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x12\n\nfederation\x18\x02 \x01(\t\x12\x1d\n\x15\x63\x65rtificate_chain_pem\x18\x03 \x01(\t\x12\x0e\n\x06\x63\x61_pem\x18\x04 \x01(\t\x12\x13\n\x0b\x63oordinator\x18\x05 \x01(\t\x12\x0c\n\x04role\x18\x06 \x01(\t\x12\n\n\x02id\x18\x07 \x01(\t\"9\n\x18RequestEnrollmentRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0f\n\x07\x63sr_pem\x18\x02 \x01(\t\"1\n\x16\x43heckEnrollmentRequest\x12\x17\n\x0fkey_fingerprint\x18\x01 \x01(\t\"o\n\x0f\x45nrollmentState\x12\r\n\x05state\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x12\n\nexpires_at\x18\x03 \x01(\t\x12)\n\x08\x65nrolled\x18\x04 \x01(\x0b\x32\x17.fedcore.v1.EnrollReply\"P\n\x11RenewEndedRequest\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x01 \x01(\t\x12\x0f\n\x07\x63sr_pem\x18\x02 \x01(\t\x12\x11\n\tsignature\x18\x03 \x01(\x0c\x32\xbb\x02\n\nEnrollment\x12<\n\x06\x45nroll\x12\x19.fedcore.v1.EnrollRequest\x1a\x17.fedcore.v1.EnrollReply\x12\x43\n\nRenewEnded\x12\x1d.fedcore.v1.RenewEndedRequest\x1a\x16.fedcore.v1.RenewReply\x12V\n\x11RequestEnrollment\x12$.fedcore.v1.RequestEnrollmentRequest\x1a\x1b.fedcore.v1.EnrollmentState\x12R\n\x0f\x43heckEnrollment\x12\".fedcore.v1.CheckEnrollmentRequest\x1a\x1b.fedcore.v1.EnrollmentStateb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,10 +34,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ENROLLREQUEST']._serialized_start=74
   _globals['_ENROLLREQUEST']._serialized_end=146
-  _globals['_ENROLLREPLY']._serialized_start=148
-  _globals['_ENROLLREPLY']._serialized_end=263
-  _globals['_RENEWENDEDREQUEST']._serialized_start=265
-  _globals['_RENEWENDEDREQUEST']._serialized_end=345
-  _globals['_ENROLLMENT']._serialized_start=348
-  _globals['_ENROLLMENT']._serialized_end=491
+  _globals['_ENROLLREPLY']._serialized_start=149
+  _globals['_ENROLLREPLY']._serialized_end=290
+  _globals['_REQUESTENROLLMENTREQUEST']._serialized_start=292
+  _globals['_REQUESTENROLLMENTREQUEST']._serialized_end=349
+  _globals['_CHECKENROLLMENTREQUEST']._serialized_start=351
+  _globals['_CHECKENROLLMENTREQUEST']._serialized_end=400
+  _globals['_ENROLLMENTSTATE']._serialized_start=402
+  _globals['_ENROLLMENTSTATE']._serialized_end=513
+  _globals['_RENEWENDEDREQUEST']._serialized_start=515
+  _globals['_RENEWENDEDREQUEST']._serialized_end=595
+  _globals['_ENROLLMENT']._serialized_start=598
+  _globals['_ENROLLMENT']._serialized_end=913
 # @@protoc_insertion_point(module_scope)

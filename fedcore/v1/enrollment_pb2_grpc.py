@@ -45,13 +45,23 @@ class EnrollmentStub:
                 request_serializer=fedcore_dot_v1_dot_enrollment__pb2.RenewEndedRequest.SerializeToString,
                 response_deserializer=fedcore_dot_v1_dot_certificates__pb2.RenewReply.FromString,
                 _registered_method=True)
+        self.RequestEnrollment = channel.unary_unary(
+                '/fedcore.v1.Enrollment/RequestEnrollment',
+                request_serializer=fedcore_dot_v1_dot_enrollment__pb2.RequestEnrollmentRequest.SerializeToString,
+                response_deserializer=fedcore_dot_v1_dot_enrollment__pb2.EnrollmentState.FromString,
+                _registered_method=True)
+        self.CheckEnrollment = channel.unary_unary(
+                '/fedcore.v1.Enrollment/CheckEnrollment',
+                request_serializer=fedcore_dot_v1_dot_enrollment__pb2.CheckEnrollmentRequest.SerializeToString,
+                response_deserializer=fedcore_dot_v1_dot_enrollment__pb2.EnrollmentState.FromString,
+                _registered_method=True)
 
 
 class EnrollmentServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Enroll(self, request, context):
-        """Exchanges a single-use token and a certificate request for the site's certificate.
+        """Exchanges a single-use token and a certificate request for the certificate of the site or operator it is for.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -59,6 +69,21 @@ class EnrollmentServicer:
 
     def RenewEnded(self, request, context):
         """A new certificate for a site whose old one ended at most 30 days ago, proved by a signature with the old key.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RequestEnrollment(self, request, context):
+        """Files a site's request to be let in, without a token: an operator decides. Repeating it with the same key changes
+        nothing. Requests expire, and their number is bounded, in all, by address and by site.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CheckEnrollment(self, request, context):
+        """What became of a request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,6 +101,16 @@ def add_EnrollmentServicer_to_server(servicer, server):
                     servicer.RenewEnded,
                     request_deserializer=fedcore_dot_v1_dot_enrollment__pb2.RenewEndedRequest.FromString,
                     response_serializer=fedcore_dot_v1_dot_certificates__pb2.RenewReply.SerializeToString,
+            ),
+            'RequestEnrollment': grpc.unary_unary_rpc_method_handler(
+                    servicer.RequestEnrollment,
+                    request_deserializer=fedcore_dot_v1_dot_enrollment__pb2.RequestEnrollmentRequest.FromString,
+                    response_serializer=fedcore_dot_v1_dot_enrollment__pb2.EnrollmentState.SerializeToString,
+            ),
+            'CheckEnrollment': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckEnrollment,
+                    request_deserializer=fedcore_dot_v1_dot_enrollment__pb2.CheckEnrollmentRequest.FromString,
+                    response_serializer=fedcore_dot_v1_dot_enrollment__pb2.EnrollmentState.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -132,6 +167,60 @@ class Enrollment:
             '/fedcore.v1.Enrollment/RenewEnded',
             fedcore_dot_v1_dot_enrollment__pb2.RenewEndedRequest.SerializeToString,
             fedcore_dot_v1_dot_certificates__pb2.RenewReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RequestEnrollment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedcore.v1.Enrollment/RequestEnrollment',
+            fedcore_dot_v1_dot_enrollment__pb2.RequestEnrollmentRequest.SerializeToString,
+            fedcore_dot_v1_dot_enrollment__pb2.EnrollmentState.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckEnrollment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedcore.v1.Enrollment/CheckEnrollment',
+            fedcore_dot_v1_dot_enrollment__pb2.CheckEnrollmentRequest.SerializeToString,
+            fedcore_dot_v1_dot_enrollment__pb2.EnrollmentState.FromString,
             options,
             channel_credentials,
             insecure,

@@ -2,14 +2,14 @@
 
 import itertools
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
 from fedcore import tls as _tls  # noqa: F401 - before grpc
 from fedcore.artifact_store import ArtifactStore
-from fedcore.errors import ConflictError, NotFoundError, PlanError, ProtocolError
+from fedcore.errors import ConflictError, NotFoundError, PlanError, ProtocolError, TransferError
 from fedcore.plan import parse_plan
 from fedcore.tensor_file import read_manifest
 from fedcore.text import printable
@@ -29,11 +29,10 @@ from fedserver.round_state import Status
 from fedserver.run_messages import model_message, run_message
 from fedserver.site_messages import site_message
 from fedserver.strategies import load_strategy
-from fedserver.tokens import Tokens
+from fedserver.tokens import TOKEN_TTL_S, Tokens
 from fedserver.turns import Turns
 from fedserver.uploads import receive_model
 
-_TOKEN_TTL_S = 15 * 60.0
 MAX_PLAN_BYTES = 1 << 20
 _MAX_REQUEST_ID = 200
 _MAX_REASON = 500
@@ -53,6 +52,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         pool: ThreadPoolExecutor,
         turns: Turns,
         started_at: datetime,
+        max_upload_bytes: int,
+        ca_problems: Callable[[], list[str]],
     ) -> None:
         self._driver = driver
         self._roster = roster
@@ -63,6 +64,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self._pool = pool
         self._turns = turns
         self._started_at = started_at
+        self._max_upload_bytes = max_upload_bytes
+        self._ca_problems = ca_problems
 
     async def WhoAmI(  # noqa: N802
         self, request: admin_pb2.WhoAmIRequest, context: Any
@@ -86,6 +89,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         active = self._driver.active()
         problems = [f"site {s.id} is not connected" for s in sites if s.enabled and not s.connected]
         problems += [f"site {s.id}: {s.unavailable_reason}" for s in sites if s.unavailable_reason]
+        problems += self._ca_problems()
         return admin_pb2.GetStatusReply(
             federation=self._federation,
             software_version=software_version(),
@@ -102,7 +106,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     ) -> admin_pb2.CreateTokenReply:
         """Make a single-use enrolment token."""
         caller = caller_of(context).id
-        new = await self._tokens.create(request.site, request.ttl_s or _TOKEN_TTL_S, caller)
+        new = await self._tokens.create(request.site, request.ttl_s or TOKEN_TTL_S, caller)
         note(f"site/{request.site}", expires_at=new.expires_at.isoformat(timespec="seconds"))
         return admin_pb2.CreateTokenReply(
             token=new.token,
@@ -259,6 +263,11 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         if first is None or first.WhichOneof("part") != "manifest":
             raise ProtocolError("an upload must begin with a manifest")
         who = f"operator {caller_of(context).id}"
+        if first.manifest.payload_bytes > self._max_upload_bytes:
+            raise TransferError(
+                f"{who}: a model of {first.manifest.payload_bytes} bytes, expected at most {self._max_upload_bytes}",
+                hint="the limit is spool_mib of [limits] in fedserver.toml",
+            )
         digest = await receive_model(first.manifest, _chunks(request_iterator), self._store, self._pool, who)
         note(f"artifact/{digest}", purpose="initial model")
         return admin_pb2.UploadModelReply(digest=digest)

@@ -126,6 +126,7 @@ class CertificatesService(certificates_pb2_grpc.CertificatesServicer):
             root_fingerprint=fingerprint(authority.root),
             root_not_after=authority.root.not_valid_after_utc.isoformat(),
             issuing_not_after=authority.issuing.certificate.not_valid_after_utc.isoformat(),
+            root_offline=self._rotation.offline,
             waiting=[certificate_message(row, now) for row in self._rotation.waiting()],
         )
         if authority.previous is not None:

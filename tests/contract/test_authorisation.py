@@ -20,6 +20,7 @@ from fedcore.v1 import (
     enrollment_pb2,
     federation_pb2,
     impressions_pb2,
+    membership_pb2,
     operations_pb2,
     sites_pb2,
     tensor_pb2,
@@ -52,6 +53,7 @@ FILES: list[FileDescriptor] = [
         operations_pb2,
         sites_pb2,
         impressions_pb2,
+        membership_pb2,
         tensor_pb2,
         health_pb2,
     )
@@ -89,6 +91,10 @@ EXPECTED = {
     "fedcore.v1.Operations": READERS,
     "fedcore.v1.Operations/SetDrain": {OPERATOR, OWNER},
     "fedcore.v1.Operations/CheckPlan": {VIEWER, OPERATOR},
+    "fedcore.v1.Membership/CreateOperatorToken": {OWNER},
+    "fedcore.v1.Membership/ListEnrollments": READERS,
+    "fedcore.v1.Membership/ApproveEnrollment": {OPERATOR, OWNER},
+    "fedcore.v1.Membership/DenyEnrollment": {OPERATOR, OWNER},
     "fedcore.v1.Access": {OWNER},
     "fedcore.v1.Access/ListRoles": READERS,
     "fedcore.v1.Access/CanI": {ANY_OPERATOR},
@@ -126,6 +132,8 @@ def test_only_known_roles_are_granted_anything_and_only_enrolment_is_public():
     assert {method for method in ROLES if is_public(method)} == {
         "/fedcore.v1.Enrollment/Enroll",
         "/fedcore.v1.Enrollment/RenewEnded",
+        "/fedcore.v1.Enrollment/RequestEnrollment",
+        "/fedcore.v1.Enrollment/CheckEnrollment",
     }
 
 

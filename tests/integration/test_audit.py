@@ -77,7 +77,7 @@ def test_the_coordinator_says_who_did_what_to_what_from_where(lab: Federation, r
     for one in found:
         by_action.setdefault(one["action"], []).append(one)
     assert by_action["coordinator.start"][0]["actor"] == "coordinator"
-    enrolled = {one["object"] for one in by_action["site.enroll"] if one["result"] == "ok"}
+    enrolled = {one["object"] for one in by_action["member.enroll"] if one["result"] == "ok"}
     assert {f"site/{site}" for site in SITES} <= enrolled
     assert {one["object"] for one in by_action["token.create"]} == enrolled
     (submitted,) = [one for one in by_action["run.submit"] if one["object"] == f"run/{run}"]

@@ -26,6 +26,7 @@ from fedcore.protocol import PROTOCOL
 from fedcore.status import from_rpc_error
 from fedcore.v1 import admin_pb2, admin_pb2_grpc, federation_pb2, federation_pb2_grpc
 from fedctl.demo_processes import free_ports
+from fedserver.offline_ca import install_ca, request_ca, sign_ca
 from tests.federation_fixture import Federation, configure_agent, digits_plan, wait_until
 
 # isort: split
@@ -322,6 +323,32 @@ def test_the_ca_is_replaced_under_a_federation_that_works(lab: Federation) -> No
     ended = lab.wait(run)
     assert (ended.state, list(ended.missed)) == ("DONE", []), ended
     assert {name: program.pid for name, program in lab.programs.items() if program.poll() is None} == pids
+
+
+def test_an_issuing_ca_that_was_signed_by_files_is_taken_over_while_the_coordinator_serves(
+    lab: Federation, tmp_path: Path
+) -> None:
+    before = lab.ctl("cert", "ca", "show", "-o", "json").json
+    offline = tmp_path / "offline"
+    offline.mkdir()
+    for name in ("root.key", "root.crt"):
+        shutil.copy2(lab.server_home / "pki" / name, offline)
+    (lab.server_home / "pki/root.key").unlink()
+    refused = lab.ctl("cert", "ca", "rotate", "--yes", expect=7).err
+    assert "root is kept offline" in refused
+    assert "fedserver ca request" in refused
+    now = datetime.now(UTC)
+    asked = request_ca(lab.server_home, tmp_path / "request.pem")
+    sign_ca(offline, tmp_path / "request.pem", tmp_path / "issuing.pem", now, expected=asked)
+    install_ca(lab.server_home, tmp_path / "issuing.pem", now)
+    wait_until(lambda: "another CA was installed" in lab.log("coordinator"), "it is taken over", 20)
+    lab.ctl("cert", "renew")
+    wait_until(lambda: not waiting(lab), "agents renewed", 20)
+    for site in SITES:
+        assert roots_of(lab, site) == 1, "the root is the same"
+    done = lab.ctl("cert", "ca", "rotate", "--finish", "--yes", "-o", "json").json
+    assert (done["root_fingerprint"], done["root_offline"]) == (before["root_fingerprint"], True)
+    lab.wait_connected(*SITES)
 
 
 def waiting(lab: Federation) -> list[str]:

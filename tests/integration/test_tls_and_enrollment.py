@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,11 +33,13 @@ from fedcore.database import Database, open_database
 from fedcore.enrollment_token import decode_token
 from fedcore.errors import (
     CallTimeoutError,
+    ConfigError,
     ConflictError,
     FedimpresError,
     FingerprintError,
     IdentityError,
     NotFoundError,
+    OverloadedError,
     PermissionDeniedError,
     ProtocolError,
     TokenError,
@@ -49,10 +52,12 @@ from fedserver.authorisation import ANY_OPERATOR, ANYONE, GRANTABLE, OPERATOR, O
 from fedserver.authority import Authority, load_authority
 from fedserver.call_audit import CallAudit
 from fedserver.certificates import Certificates
-from fedserver.config import ServerHome
+from fedserver.config import LimitsConfig, ServerHome
+from fedserver.enrollment_requests import EnrollmentRequests
 from fedserver.grants import Grants, grant
 from fedserver.initialise import initialise
 from fedserver.interceptors import caller_of, edge_interceptors
+from fedserver.limits import Limits
 from fedserver.registry import Registry, record_certificate
 from fedserver.schema import MIGRATIONS
 from fedserver.services.access import AccessService
@@ -60,7 +65,9 @@ from fedserver.services.audit import AuditService
 from fedserver.services.certificates import CertificatesService
 from fedserver.services.enrollment import EnrollmentService
 from fedserver.services.health import HealthService
+from fedserver.services.membership import MembershipService
 from fedserver.tokens import Tokens
+from tests.federation_fixture import wait_until
 
 # isort: split
 import grpc
@@ -76,7 +83,15 @@ from fedcore.v1 import (
     enrollment_pb2_grpc,
     federation_pb2,
     federation_pb2_grpc,
+    membership_pb2_grpc,
 )
+
+OPEN_STREAMS = 10
+# Services that take a whole coordinator: the edge is the same without what is behind it.
+BEHIND_THE_EDGE = ("federation", "impressions", "operations", "sites")
+UNIMPLEMENTED = [
+    (import_module(f"fedcore.v1.{name}_pb2_grpc"), f"{name.capitalize()}Servicer") for name in BEHIND_THE_EDGE
+]
 
 
 class AdminProbe(admin_pb2_grpc.AdminServicer):
@@ -153,23 +168,30 @@ class Edge:
         self._stopped = asyncio.Event()
         credential = load_credential(self.home.credential, datetime.now(UTC))
         certificates = self.certificates = Certificates(self.database, lambda: self.authority, self.clock)
+        # Tests share one address, and few callers.
+        limits = Limits(LimitsConfig(failed_enrolments_per_min=200, open_streams=OPEN_STREAMS))
         interceptors = edge_interceptors(
             "lab",
             certificates.check,
             self.clock,
             roles_of=Grants(self.database).roles_of,
             audit=CallAudit(AuditLog(self.database)),
+            limits=limits,
         )
         main = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
         self.probe = AdminProbe()
         admin_pb2_grpc.add_AdminServicer_to_server(self.probe, main)
-        federation_pb2_grpc.add_FederationServicer_to_server(federation_pb2_grpc.FederationServicer(), main)
+        for module, service in UNIMPLEMENTED:
+            getattr(module, f"add_{service}_to_server")(getattr(module, service)(), main)
         certificates_pb2_grpc.add_CertificatesServicer_to_server(
             CertificatesService(certificates, 1, cast(Any, None)), main
         )
         grants, audit = Grants(self.database), AuditLog(self.database)
         access_pb2_grpc.add_AccessServicer_to_server(AccessService(grants), main)
         audit_pb2_grpc.add_AuditServicer_to_server(AuditService(audit, grants), main)
+        requests = self.requests = EnrollmentRequests(
+            self.database, lambda: self.authority, LimitsConfig(), self.clock
+        )
         self.health = HealthService()
         self.health.set("fedcore.v1.Federation", True)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, main)
@@ -188,8 +210,12 @@ class Edge:
             clock=self.clock,
         )
         enrollment_pb2_grpc.add_EnrollmentServicer_to_server(
-            EnrollmentService(self.tokens, certificates, self.coordinator, self.enroll_port), enrolment
+            EnrollmentService(
+                self.tokens, certificates, requests, limits, self.coordinator, self.enroll_port
+            ),
+            enrolment,
         )
+        membership_pb2_grpc.add_MembershipServicer_to_server(MembershipService(self.tokens, requests), main)
         # A mistake on purpose: even served on the port that asks for no certificate, Admin stays closed.
         admin_pb2_grpc.add_AdminServicer_to_server(AdminProbe(), enrolment)
         await main.start()
@@ -461,6 +487,35 @@ def test_health_is_watched_through_the_edge(edge, operator):
         stream.cancel()
 
 
+def test_a_caller_with_too_many_open_calls_is_refused_and_nobody_else(edge, operator, site):
+    watch = health_pb2.HealthCheckRequest(service="")
+
+    def refused(channel: grpc.Channel) -> FedimpresError | None:
+        call = health_pb2_grpc.HealthStub(channel).Watch(watch)
+        try:
+            next(call)
+        except grpc.RpcError as error:
+            return from_rpc_error(error, "coordinator")
+        finally:
+            call.cancel()
+        return None
+
+    with open_sync_channel(operator) as channel, open_sync_channel(site) as other:
+        stub = health_pb2_grpc.HealthStub(channel)
+        held = [stub.Watch(watch) for _ in range(OPEN_STREAMS)]
+        assert all(next(call).status for call in held)
+        error = refused(channel)
+        assert isinstance(error, OverloadedError)
+        assert (
+            error.message == f"operator/ann has {OPEN_STREAMS} open calls already, the limit for one member"
+        )
+        assert "open_streams of [limits]" in error.hint
+        assert refused(other) is None
+        for call in held:
+            call.cancel()
+        wait_until(lambda: refused(channel) is None, "calls that ended count no longer", every_s=0.1)
+
+
 def outcome(channel: grpc.Channel, method: str) -> FedimpresError | None:
     """Call any method with an empty message, as a raw stream in both directions."""
     call = channel.stream_stream(method)(iter([b""]), timeout=60)
@@ -494,8 +549,9 @@ def test_every_method_lets_in_the_roles_of_the_table_and_nobody_else(edge, membe
         if port == edge.main_port:
             assert isinstance(error, UnreachableError)
         elif ANYONE in ROLES[method]:
-            assert isinstance(error, IdentityError)
-            assert "no client certificate" not in error.message
+            # Its empty request is found wanting: nobody was asked for a certificate.
+            assert "no client certificate" not in str(error)
+            assert isinstance(error, IdentityError | ConfigError | NotFoundError | OverloadedError)
         elif "Admin" in method:  # served there by mistake: identity refuses
             assert type(error) is IdentityError
             assert "no client certificate" in error.message
@@ -656,12 +712,17 @@ def test_credential_folders_do_not_survive_a_missing_file(edge, site, tmp_path):
         open_sync_channel(copy)
 
 
+def rows(edge: Edge) -> int:
+    return edge.database.read(lambda c: c.execute("SELECT count(*) FROM tokens").fetchone()[0])
+
+
 def test_ten_thousand_guesses_leave_enrolment_answering_others(edge, tmp_path):
     token = decode_token(edge.token("clinic-guessed"))
     tokens = iter([edge.token(f"clinic-g{number}") for number in range(4)])
     root = grpc.ssl_channel_credentials(edge.authority.root_pem.encode())
     refused: list[FedimpresError] = []
     before = AuditLog(edge.database).head().sequence
+    tables = rows(edge)
     with grpc.secure_channel(f"localhost:{edge.enroll_port}", root, client_options()) as channel:
         enroll_call = enrollment_pb2_grpc.EnrollmentStub(channel).Enroll
         for batch in range(40):
@@ -685,13 +746,17 @@ def test_ten_thousand_guesses_leave_enrolment_answering_others(edge, tmp_path):
                 )
             refused += [from_rpc_error(guess.exception(), "coordinator") for guess in guesses]
     assert len(refused) == 10_000
-    assert {(type(error), error.message) for error in refused} == {
-        (TokenError, "the enrolment token is not known here")
-    }
+    assert {type(error) for error in refused} == {TokenError, OverloadedError}
+    told = [error for error in refused if isinstance(error, TokenError)]
+    hushed = [error for error in refused if isinstance(error, OverloadedError)]
+    assert {error.message for error in told} == {"the enrolment token is not known here"}
+    assert len(told) < 1000, "the others were only told to stop"
+    assert "refused enrolments a minute from" in hushed[0].message
+    assert (rows(edge), edge.requests.rows()) == (tables, []), "guesses leave nothing behind"
     assert {f"clinic-g{number}" for number in range(4)} <= set(edge.sites())
     assert "clinic-guessed" not in edge.sites()
     # The log says that it happened and how often, without being flooded.
     found = [entry.document for entry in AuditLog(edge.database).walk(before)]
-    guesses_seen = [one for one in found if one["result"] == "token_refused"]
+    guesses_seen = [one for one in found if one["result"] in ("token_refused", "overloaded")]
     assert 1 <= len(guesses_seen) <= 40  # earlier tests have used some of the twenty
     assert len([one for one in found if one["result"] == "ok"]) == 4

@@ -15,7 +15,13 @@ import pytest
 
 from fedcore.artifact_store import ArtifactStore
 from fedcore.clock import ManualClock
-from fedcore.errors import ConflictError, NotFoundError, ProtocolError, TruncatedStreamError
+from fedcore.errors import (
+    ConflictError,
+    NotFoundError,
+    OverloadedError,
+    ProtocolError,
+    TruncatedStreamError,
+)
 from fedcore.plan import validate_plan
 from fedcore.tensor_file import TensorManifest, TensorSpec
 from fedcore.tensor_stream import manifest_to_proto
@@ -77,10 +83,12 @@ class Case:
         self.pool = ThreadPoolExecutor(2)
         self.deliveries = self.reopen()
 
-    def reopen(self) -> Deliveries:
+    def reopen(self, max_site_bytes: int = 1 << 30) -> Deliveries:
         """What a restart of the coordinator makes."""
         driver = cast(RoundDriver, self.driver)
-        return Deliveries(driver, self.store, Roster(ManualClock(), 9), self.spool, self.pool, Turns(8))
+        return Deliveries(
+            driver, self.store, Roster(ManualClock(), 9), self.spool, self.pool, Turns(8), max_site_bytes
+        )
 
     def parts(self) -> list[Path]:
         return sorted(self.spool.glob("*.part"))
@@ -173,6 +181,25 @@ def test_a_newer_stream_takes_over_from_one_that_hangs(case: Case) -> None:
         with pytest.raises(ConflictError, match="a newer stream"):
             await older
         assert case.deliveries._streams == case.deliveries._locks == {}
+
+    go(story())
+
+
+def test_one_site_has_so_much_on_its_way_in_and_others_are_not_kept_out(case: Case) -> None:
+    async def story() -> None:
+        ours = case.reopen(max_site_bytes=SPEC.size_bytes)
+        first, second, cut = Update(1), Update(2), asyncio.Event()
+        under_way = asyncio.create_task(ours.receive("a", first.header, stream(first.chunks(end=STEP), cut)))
+        await until(lambda: ours.offset("a", first.key).offset == STEP)
+        with pytest.raises(OverloadedError, match="a: 1024 bytes more, with 1024 on their way in already"):
+            await ours.receive("a", second.header, stream(second.chunks()))
+        other = Update(3, "b")
+        assert await ours.receive("b", other.header, stream(other.chunks())) == Outcome.OUTCOME_STORED
+        cut.set()
+        with pytest.raises(TruncatedStreamError):
+            await under_way
+        assert await ours.receive("a", second.header, stream(second.chunks())) == Outcome.OUTCOME_STORED
+        assert ours._incoming == {}
 
     go(story())
 

@@ -89,7 +89,9 @@ def view_of(run: str, digest: str, rounds: int, note: str = "") -> RunView:
 def admin(driver: Driver, store: ArtifactStore) -> AdminService:
     roster = Roster(ManualClock(), 9)
     nothing = cast(Any, None)
-    return AdminService(cast(Any, driver), roster, nothing, nothing, "lab", store, nothing, nothing, nothing)
+    return AdminService(
+        cast(Any, driver), roster, nothing, nothing, "lab", store, nothing, nothing, nothing, 1 << 30, list
+    )
 
 
 async def pages(call: Any, make: Any, **fields: Any) -> list[Any]:
