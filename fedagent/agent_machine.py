@@ -17,16 +17,15 @@ def is_run(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Work that the coordinator asked for. `key` is the same for the same work, whoever asks when."""
+    """Work that the coordinator asked for; equal for the same work, whoever asks when.
+
+    `inputs` names what it starts from: a coordinator restored from a backup may ask for a round again, from another model.
+    """
 
     kind: str  # "train" or "evaluate"
     run: str
     round: int
-
-    @property
-    def key(self) -> str:
-        """Names the task on disk and in logs."""
-        return f"{self.run}~{self.round}~{self.kind}"
+    inputs: str = ""
 
 
 @dataclass(frozen=True, slots=True)

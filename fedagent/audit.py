@@ -14,11 +14,15 @@ from pathlib import Path
 
 import structlog
 
+from fedagent.schema import MIGRATIONS
+from fedagent.terms import Followed, check_not_older, follow, newest_term, restores
 from fedcore.audit import OK, Fact, Head, Value
 from fedcore.audit_heads import head_from_proto, head_to_proto
-from fedcore.audit_store import AUDIT_SCHEMA, AuditLog
+from fedcore.audit_store import AuditLog
 from fedcore.audit_text import document
 from fedcore.database import Database, open_database
+from fedcore.errors import TermError
+from fedcore.term import Term, term_from_proto, term_to_proto
 from fedcore.text import printable
 from fedcore.v1 import federation_pb2
 
@@ -64,6 +68,7 @@ class SiteAudit:
     def __init__(self, database: Database) -> None:
         self._database = database
         self.log = AuditLog(database)
+        self._refused: set[str] = set()
 
     async def event(self, action: str, thing: str = "", **detail: Value) -> None:
         """Record something that this agent did or saw."""
@@ -86,20 +91,24 @@ class SiteAudit:
     # -- hello ------------------------------------------------------------------------------------
 
     def introduce(self, hello: federation_pb2.HelloRequest) -> None:
-        """Put the head of this log, and the kept one of the coordinator's, into a hello."""
+        """Put the head of this log, the kept one of the coordinator's and its newest known term into a hello."""
         hello.audit_head.CopyFrom(head_to_proto(self.log.head()))
         hello.kept_audit_head.CopyFrom(head_to_proto(self.log.kept_of(COORDINATOR)))
+        hello.newest_term.CopyFrom(term_to_proto(self._database.read(newest_term)))
 
     async def greeted(self, hello: federation_pb2.HelloRequest, reply: federation_pb2.HelloReply) -> None:
         """Record a hello, and keep the coordinator's head; what contradicts goes to the log and stays there.
 
-        Raises ProtocolError for heads that are none.
+        A newer term is followed: that the coordinator's log went back with a restore is recorded as that. Raises TermError
+        for an older one, ProtocolError for heads that are none.
         """
+        term = term_from_proto(reply.term, COORDINATOR)
         theirs = head_from_proto(reply.audit_head, COORDINATOR)
         claim = head_from_proto(reply.kept_audit_head, COORDINATOR)
         detail: dict[str, Value] = {"bytes": hello.ByteSize(), "coordinator_head": str(theirs)}
 
         def write(connection: sqlite3.Connection) -> list[str]:
+            self._follow(connection, term, theirs)
             found = self.log.exchange(connection, COORDINATOR, theirs=theirs, ours=claim)
             detail.update({f"contradiction_{n}": text for n, text in enumerate(found, start=1)})
             fact = Fact("site.hello", _AGENT, object=f"federation/{reply.federation}", detail=detail)
@@ -108,6 +117,30 @@ class SiteAudit:
 
         for text in await self._database.write(write):
             _log.error("audit logs contradict each other", what=text)
+
+    def _follow(self, connection: sqlite3.Connection, term: Term, theirs: Head) -> None:
+        known = newest_term(connection)
+        check_not_older(term, known)
+        if term == known:
+            return
+        before = Head()
+        if term.number > 1:
+            before = self.log.restart(connection, COORDINATOR, theirs)
+            detail: dict[str, Value] = {"term": str(term), "before": str(before), "after": str(theirs)}
+            self.log.append(
+                connection, Fact("coordinator.restored", _AGENT, object=COORDINATOR, detail=detail)
+            )
+            _log.warning("the coordinator was restored from a backup", **detail)
+        follow(connection, term, self.log.time(), before, theirs)
+
+    async def refused(self, error: TermError) -> None:
+        """Record that a coordinator of an older term was met; the same one again is not recorded again."""
+        if error.message not in self._refused:
+            self._refused.add(error.message)
+            detail = {"error": error.message}
+            await self.log.record(
+                Fact("coordinator.refuse", _AGENT, object=COORDINATOR, result=error.code, detail=detail)
+            )
 
     async def disconnected(self, told: ControlBytes) -> None:
         """Record what went out over a connection that is over, besides artifacts."""
@@ -166,14 +199,17 @@ def purge_fact(digests: Sequence[str], *, asked: int, purge: str, by: str, reaso
 
 def open_site_audit(path: Path) -> Database:
     """Open the file of a site's log, made if it is not there. Close it. Raises StorageError."""
-    return open_database(path, (AUDIT_SCHEMA,), create=not path.exists())
+    return open_database(path, MIGRATIONS, create=not path.exists())
 
 
 @contextmanager
-def site_log(path: Path) -> Iterator[AuditLog]:
-    """The log of a site for reading, also while its agent runs. Raises StorageError if there is none."""
-    database = open_database(path, (AUDIT_SCHEMA,))
+def site_log(path: Path) -> Iterator[tuple[AuditLog, list[Followed]]]:
+    """The log of a site for reading, also while its agent runs, and the coordinator's restores that the site has seen.
+
+    Raises StorageError if there is none.
+    """
+    database = open_database(path, MIGRATIONS)
     try:
-        yield AuditLog(database)
+        yield AuditLog(database), restores(database)
     finally:
         database.close()

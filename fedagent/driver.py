@@ -18,8 +18,8 @@ from fedagent.gate import SiteGate
 from fedagent.purging import Purging
 from fedagent.shared_log import SharedLog
 from fedagent.status_file import StatusBoard
-from fedagent.tasks import Tasks
-from fedcore.errors import FedimpresError, ForeignCertificateError, UnreachableError
+from fedagent.tasks import Tasks, inputs_of
+from fedcore.errors import FedimpresError, ForeignCertificateError, TermError, UnreachableError
 from fedcore.protocol import PROTOCOL, SESSION_KEY
 from fedcore.status import from_rpc_error
 from fedcore.text import wire_text
@@ -121,14 +121,7 @@ class AgentDriver:
             while True:
                 began = loop.time()
                 self._renewed.clear()  # the channel opened now reads the newest credential
-                failure: FedimpresError
-                try:
-                    await self._connect_once()
-                    failure = UnreachableError("the coordinator ended the stream")
-                except grpc.RpcError as error:
-                    failure = await self._explained(from_rpc_error(error, "coordinator"))
-                except FedimpresError as error:
-                    failure = error
+                failure = await self._connected_until()
                 if self._renewed.is_set():
                     log.info("connecting with the renewed certificate", site=self._site)
                     backoff_s = _FIRST_BACKOFF_S
@@ -160,6 +153,21 @@ class AgentDriver:
         """The failure, or what a look at the line from below gRPC says of it."""
         if isinstance(failure, ForeignCertificateError):
             return await asyncio.to_thread(self._explain, failure)
+        return failure
+
+    async def _connected_until(self) -> FedimpresError:
+        """Connect, work until the connection is over, and give the reason."""
+        failure: FedimpresError
+        try:
+            await self._connect_once()
+            failure = UnreachableError("the coordinator ended the stream")
+        except grpc.RpcError as error:
+            failure = await self._explained(from_rpc_error(error, "coordinator"))
+        except FedimpresError as error:
+            failure = error
+        if isinstance(failure, TermError):
+            with contextlib.suppress(FedimpresError):  # a log that can't be written ends no agent
+                await self._audit.refused(failure)
         return failure
 
     async def _connect_once(self) -> None:
@@ -226,9 +234,11 @@ class AgentDriver:
     def _obey(self, directive: Directive) -> None:
         match directive.WhichOneof("directive"):
             case "train":
-                self._ask(Task("train", directive.train.run, directive.train.round), directive)
+                train = directive.train
+                self._ask(Task("train", train.run, train.round, inputs_of(train)), directive)
             case "evaluate":
-                self._ask(Task("evaluate", directive.evaluate.run, directive.evaluate.round), directive)
+                evaluate = directive.evaluate
+                self._ask(Task("evaluate", evaluate.run, evaluate.round, evaluate.model.digest), directive)
             case "stop":
                 log.info("told to stop", run=directive.stop.run, reason=directive.stop.reason)
                 self._step(*machine.stopped(self._state, directive.stop.run))

@@ -39,6 +39,8 @@ class LocalState:
     def save(self, round_number: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep what this round leaves, durably, and the state that it started from; forget what is older.
 
+        Later rounds are forgotten too: a coordinator restored from a backup has begun again before them.
+
         Raises StorageError if it can't be written.
         """
         path = self._path(round_number)
@@ -49,8 +51,10 @@ class LocalState:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
-            for old in [r for r in self._rounds() if r < round_number][:-1]:
-                self._path(old).unlink(missing_ok=True)
+            rounds = self._rounds()
+            later = [r for r in rounds if r > round_number]
+            for gone in [*[r for r in rounds if r < round_number][:-1], *later]:
+                self._path(gone).unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"{path}: can't be written: {error}") from error
 

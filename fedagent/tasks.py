@@ -149,8 +149,10 @@ class Tasks:
     async def _train_and_deliver(self, task: federation_pb2.TrainTask) -> None:
         record_path = self._record_path(task.run, task.round)
         record = load_record(record_path)
-        if record is None or record["digest"] not in self._store:
-            record = await self._train(task)
+        inputs = inputs_of(task)
+        # Made from other inputs: of a round that a restored coordinator asks for again.
+        if record is None or record.get("inputs") != inputs or record["digest"] not in self._store:
+            record = {**await self._train(task), "inputs": inputs}
             save_record(record_path, record)
         digest = record["digest"]
         key = federation_pb2.DeliveryKey(run=task.run, round=task.round, site=self._site, digest=digest)
@@ -309,6 +311,11 @@ class Tasks:
         inputs = {task.model.digest, task.impressions.digest, task.strategy_state.digest}
         if record is not None and record["digest"] not in inputs:
             self._store.delete(record["digest"])
+
+
+def inputs_of(task: federation_pb2.TrainTask) -> str:
+    """What a training starts from, by digest."""
+    return ",".join((task.model.digest, task.impressions.digest, task.strategy_state.digest))
 
 
 def _log_check(run: str, round_number: int, found: dict[str, Any] | None) -> None:

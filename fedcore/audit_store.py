@@ -131,6 +131,23 @@ class AuditLog:
         )
         return Head(*row) if row is not None else Head()
 
+    def restart(self, connection: sqlite3.Connection, peer: str, head: Head) -> Head:
+        """Take `head` as the newest of a log that went back for a known reason, within the caller's transaction; give the
+        one kept before.
+        """
+        row = connection.execute(
+            "SELECT sequence, digest FROM audit_peers WHERE peer = ?", (peer,)
+        ).fetchone()
+        connection.execute(
+            "UPDATE audit_peers SET sequence = ?, digest = ?, at = ? WHERE peer = ?",
+            (head.sequence, head.digest, self.time(), peer),
+        )
+        return Head(*row) if row is not None else Head()
+
+    def time(self) -> str:
+        """The present moment as records have it."""
+        return _rfc3339(self._now())
+
     def exchange(self, connection: sqlite3.Connection, peer: str, *, theirs: Head, ours: Head) -> list[str]:
         """Take in what the other side said in a hello, within the caller's transaction.
 

@@ -123,6 +123,7 @@ CALLS: dict[str, CallPolicy] = {
     "/fedcore.v1.Impressions/GetImpressions": CallPolicy(30.0, idempotent=True),
     "/fedcore.v1.Impressions/PreviewImpressions": _TRANSFER,
     "/fedcore.v1.Impressions/PurgeImpressions": CallPolicy(60.0, idempotent=True),
+    "/fedcore.v1.Backup/CreateBackup": _TRANSFER,
     "/fedcore.v1.Access/GrantRole": _QUICK,
     "/fedcore.v1.Access/RevokeRole": _QUICK,
     "/fedcore.v1.Access/ListRoles": _QUICK,

@@ -13,6 +13,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -160,7 +161,7 @@ class Database:
 
 def open_database(path: Path, migrations: Sequence[str], *, create: bool = False) -> Database:
     """Open a database file and bring it to the newest of `migrations` (SQL scripts, numbered from 1 by
-    position).
+    position). Before it is changed, a copy is made beside it (`copy_before_migration`).
 
     Raises ConflictError if `create` is set and the file is there, StorageError if it is not there, damaged,
     locked, or written by a newer version.
@@ -230,6 +231,40 @@ def _check(path: Path, connection: sqlite3.Connection) -> None:
         )
 
 
+def copy_database(path: Path, target: Path) -> None:
+    """Copy a database file as of one moment, mode 0600, while others read and write it. Raises StorageError, also if
+    `target` is there.
+    """
+    try:
+        target.touch(mode=0o600, exist_ok=False)
+    except OSError as error:
+        raise StorageError(f"{target}: can't be made: {error.strerror}") from error
+    try:
+        with (
+            closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as source,
+            closing(sqlite3.connect(target)) as copy,
+        ):
+            source.backup(copy)
+            copy.execute("PRAGMA journal_mode=DELETE")  # one file, without a log beside it
+    except sqlite3.Error as error:
+        target.unlink(missing_ok=True)
+        raise storage_error(path, error) from error
+
+
+def schema_version(path: Path) -> int:
+    """How many migrations a database file has had. Raises StorageError."""
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            return int(connection.execute("PRAGMA user_version").fetchone()[0])
+    except sqlite3.Error as error:
+        raise storage_error(path, error) from error
+
+
+def copy_before_migration(path: Path, version: int) -> Path:
+    """Where the copy lies that is made before a file of an earlier version is brought forward."""
+    return path.with_name(f"{path.name}.schema-{version}")
+
+
 def _migrate(path: Path, connection: sqlite3.Connection, migrations: Sequence[str]) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > len(migrations):
@@ -237,6 +272,10 @@ def _migrate(path: Path, connection: sqlite3.Connection, migrations: Sequence[st
             f"{path}: written by a newer version (schema {version}, this one knows {len(migrations)})",
             hint="install the newer version, or restore a backup made before the update",
         )
+    if 0 < version < len(migrations):
+        copy = copy_before_migration(path, version)
+        copy.unlink(missing_ok=True)  # of an attempt that failed
+        copy_database(path, copy)
     for number, script in enumerate(migrations[version:], start=version + 1):
         try:
             connection.executescript(f"BEGIN IMMEDIATE;\n{script}\n;PRAGMA user_version={number};\nCOMMIT;")

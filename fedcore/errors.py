@@ -16,15 +16,18 @@ FedimpresError
 ├── PermissionDeniedError    who is calling may not do this
 ├── NotFoundError            no such run, round, site or artifact
 ├── ConflictError            the request contradicts what is already there
+├── TermError                a coordinator of an earlier term than is known: it was replaced by a restored one
 ├── OverloadedError          admission is full; try again later
 ├── UnreachableError         no connection, or TLS failed
-│   └── ForeignCertificateError  who answers shows a certificate that is not of the federation
+│   ├── ForeignCertificateError  who answers shows a certificate that is not of the federation
+│   └── HeldError            a restored coordinator that serves nobody yet
 ├── CallTimeoutError         the other side did not answer in time
 ├── ProtocolError            the other side speaks another protocol version, or breaks the protocol
 ├── EmptyRoundError          nothing to aggregate
 ├── LearningError            training, aggregation or synthesis can't go on (a NaN loss, say)
 ├── ComputeError             a compute process died or refused a command
 ├── AuditError               an audit log was tampered with
+├── BackupError              a backup is damaged, cut, or not for this key
 ├── StorageError             a database or artifact file is damaged, locked or full
 └── InternalError            our own bug
 
@@ -138,6 +141,12 @@ class ConflictError(FedimpresError):
     code = "conflict"
 
 
+class TermError(FedimpresError):
+    """The coordinator is of an earlier term than one that is known: it was replaced by a restored one."""
+
+    code = "term_over"
+
+
 class OverloadedError(FedimpresError):
     """Admission is full; the caller may try again later."""
 
@@ -154,6 +163,12 @@ class ForeignCertificateError(UnreachableError):
     """Who answers shows a certificate that does not lead to the federation's root."""
 
     code = "foreign_certificate"
+
+
+class HeldError(UnreachableError):
+    """The coordinator was restored from a backup and serves nobody until revocations made since are given."""
+
+    code = "coordinator_held"
 
 
 class CallTimeoutError(FedimpresError):
@@ -190,6 +205,12 @@ class AuditError(FedimpresError):
     """An audit log was tampered with, or does not fit what the other side has seen of it."""
 
     code = "audit_broken"
+
+
+class BackupError(FedimpresError):
+    """A backup is damaged, cut off, or can't be opened with this passphrase or key."""
+
+    code = "backup_invalid"
 
 
 class StorageError(FedimpresError):

@@ -7,7 +7,7 @@ coordinator at least as new as itself.
 from fedcore.errors import ProtocolError
 from fedcore.v1 import federation_pb2
 
-PROTOCOL = federation_pb2.ProtocolVersion(major=1, minor=0)
+PROTOCOL = federation_pb2.ProtocolVersion(major=1, minor=1)
 # Metadata key of Directives that names the session a hello opened.
 SESSION_KEY = "fedimpres-session"
 # Metadata keys of the answer to a health check: seconds since the epoch, MAJOR.MINOR, the software's version.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedcore.v1.access_pb2_grpc import AccessStub
     from fedcore.v1.admin_pb2_grpc import AdminStub
     from fedcore.v1.audit_pb2_grpc import AuditStub
+    from fedcore.v1.backup_pb2_grpc import BackupStub
     from fedcore.v1.certificates_pb2_grpc import CertificatesStub
     from fedcore.v1.impressions_pb2_grpc import ImpressionsStub
     from fedcore.v1.membership_pb2_grpc import MembershipStub
@@ -115,6 +116,17 @@ class Admin:
 
         assert self._channel is not None, "opened by open_credential"
         return ImpressionsStub(self._channel)
+
+    @property
+    def backup(self) -> "BackupStub":
+        """The Backup service of the same connection."""
+        from fedcore import tls as _tls  # noqa: F401 - before grpc
+
+        # isort: split
+        from fedcore.v1.backup_pb2_grpc import BackupStub
+
+        assert self._channel is not None, "opened by open_credential"
+        return BackupStub(self._channel)
 
     def call(
         self,

@@ -8,6 +8,7 @@ import typer
 from fedcore.program import run_program
 from fedctl import (
     audit_commands,
+    backup_commands,
     cert_commands,
     completion,
     context_commands,
@@ -41,6 +42,7 @@ app.add_typer(status_commands.auth_app, name="auth")
 app.add_typer(role_commands.app, name="role")
 app.add_typer(audit_commands.app, name="audit")
 app.add_typer(server_commands.app, name="server")
+app.add_typer(backup_commands.app, name="backup")
 app.command("status")(status_commands.status)
 app.command("demo")(demo.demo)
 app.command("completion")(completion.completion)

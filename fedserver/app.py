@@ -30,6 +30,7 @@ from fedcore.v1 import (
     access_pb2_grpc,
     admin_pb2_grpc,
     audit_pb2_grpc,
+    backup_pb2_grpc,
     certificates_pb2_grpc,
     enrollment_pb2_grpc,
     federation_pb2_grpc,
@@ -63,6 +64,7 @@ from fedserver.schema import MIGRATIONS
 from fedserver.services.access import AccessService
 from fedserver.services.admin import AdminService
 from fedserver.services.audit import AuditService
+from fedserver.services.backup import BackupService
 from fedserver.services.certificates import CertificatesService
 from fedserver.services.enrollment import EnrollmentService
 from fedserver.services.federation import FederationService
@@ -73,6 +75,7 @@ from fedserver.services.operations import OperationsService
 from fedserver.services.sites import SitesService
 from fedserver.site_purges import SitePurges
 from fedserver.strategies import makes_impressions
+from fedserver.terms import Terms
 from fedserver.tokens import Tokens
 from fedserver.turns import Turns
 
@@ -82,8 +85,10 @@ from grpc_health.v1 import health_pb2_grpc
 
 _TRANSFER_THREADS = 8
 _DRAIN_S = 2.0
+_LOOK_S = 0.5
 _SERVICES = (
     "Federation", "Admin", "Certificates", "Access", "Membership", "Audit", "Operations", "Sites", "Impressions",
+    "Backup",
     "Enrollment",
 )  # fmt: skip
 log = structlog.get_logger(__name__)
@@ -98,6 +103,7 @@ class Coordinator:
     certificates: Certificates
     grants: Grants
     audit: AuditLog
+    terms: Terms
     keeper: AuthorityKeeper
     own: OwnCertificate
     rotation: Rotation
@@ -140,15 +146,15 @@ async def _serve(places: ServerHome, config: ServerConfig, database: Database, l
     await parts.own.prepare()
     await parts.audit.record(Fact("coordinator.start", "coordinator", detail={"version": software_version()}))
     servers = await _start_servers(parts, places, database)
-    driving = asyncio.create_task(parts.driver.serve())
+    driving = asyncio.create_task(_drive(parts, manager))
     renewing = asyncio.create_task(parts.own.serve())
     watching = asyncio.create_task(parts.rotation.watch())
     stopping = asyncio.create_task(stop.wait())
     watchdog = asyncio.create_task(manager.watch(lambda: parts.compute.stuck(manager.watchdog_s)))
-    manager.status(f"serves federation {config.name} at {join_address(config.host, config.port)}")
     manager.ready()
     log.info(
         "coordinator serves",
+        term=str(parts.terms.current()),
         federation=config.name,
         address=join_address(config.host, config.port),
         enrolment=join_address(config.host, config.enroll_port),
@@ -167,6 +173,23 @@ async def _serve(places: ServerHome, config: ServerConfig, database: Database, l
         watching.cancel()
         await _drain(parts, servers, driving)
         watchdog.cancel()
+
+
+async def _drive(parts: Coordinator, manager: ServiceManager) -> None:
+    """Wait until this coordinator may serve, then drive its runs."""
+    config = parts.config
+    if parts.terms.held():
+        log.warning("restored from a backup: nobody is served before 'fedserver release'")
+        manager.status("restored from a backup; waits for 'fedserver release'")
+        while parts.terms.held():  # noqa: ASYNC110 - another process releases it
+            await asyncio.sleep(_LOOK_S)
+        parts.certificates.forget_checked()
+        parts.terms.let_in()
+        log.info("released")
+    for service in _SERVICES:
+        parts.health.set(f"fedcore.v1.{service}", True)
+    manager.status(f"serves federation {config.name} at {join_address(config.host, config.port)}")
+    await parts.driver.serve()
 
 
 def _assemble(places: ServerHome, config: ServerConfig, database: Database) -> Coordinator:
@@ -208,6 +231,7 @@ def _assemble(places: ServerHome, config: ServerConfig, database: Database) -> C
         certificates,
         Grants(database),
         AuditLog(database),
+        Terms(database),
         keeper,
         own,
         Rotation(certificates, keeper, own, roster),
@@ -290,6 +314,7 @@ async def _start_servers(
                 roles_of=parts.grants.roles_of,
                 audit=audit,
                 limits=limits,
+                check_released=parts.terms.check_released,
             ),
             options=SERVER_OPTIONS,
         )
@@ -310,6 +335,8 @@ async def _start_servers(
     operations = OperationsService(config, driver, journal, parts.facts, dry_run)
     operations_pb2_grpc.add_OperationsServicer_to_server(operations, main)
     impressions_pb2_grpc.add_ImpressionsServicer_to_server(impressions, main)
+    backup = BackupService(places, config.name, parts.store, parts.pool, parts.turns)
+    backup_pb2_grpc.add_BackupServicer_to_server(backup, main)
     health_pb2_grpc.add_HealthServicer_to_server(parts.health, main)
     enrollment_pb2_grpc.add_EnrollmentServicer_to_server(enrollment, enrolling)
     for server, port, required in ((main, config.port, True), (enrolling, config.enroll_port, False)):
@@ -322,7 +349,7 @@ async def _start_servers(
     await main.start()
     await enrolling.start()
     for service in _SERVICES:
-        parts.health.set(f"fedcore.v1.{service}", True)
+        parts.health.set(f"fedcore.v1.{service}", False)  # true once runs are driven
     return main, enrolling
 
 

@@ -79,6 +79,7 @@ ACTIONS: dict[str, Rule] = {
     "/fedcore.v1.Impressions/GetImpressions": Rule("impressions.show"),
     "/fedcore.v1.Impressions/PreviewImpressions": Rule("impressions.preview", _BEFORE),
     "/fedcore.v1.Impressions/PurgeImpressions": Rule("impressions.purge", _AFTER),
+    "/fedcore.v1.Backup/CreateBackup": Rule("backup.create", _BEFORE),
     "/fedcore.v1.Access/GrantRole": Rule("role.grant", _AFTER),
     "/fedcore.v1.Access/RevokeRole": Rule("role.revoke", _AFTER),
     "/fedcore.v1.Access/ListRoles": Rule("role.list"),

@@ -82,6 +82,8 @@ ROLES: dict[str, frozenset[str]] = {
     "/fedcore.v1.Impressions/GetImpressions": _READERS,
     "/fedcore.v1.Impressions/PreviewImpressions": IMPRESSION_ROLES,
     "/fedcore.v1.Impressions/PurgeImpressions": _OWNERS,
+    # It holds the federation's signing key.
+    "/fedcore.v1.Backup/CreateBackup": _OWNERS,
     "/fedcore.v1.Access/GrantRole": _OWNERS,
     "/fedcore.v1.Access/RevokeRole": _OWNERS,
     "/fedcore.v1.Access/ListRoles": _READERS,

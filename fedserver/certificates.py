@@ -113,12 +113,16 @@ class Certificates:
                 hint=_ENROL_AGAIN,
             )
 
+    def forget_checked(self) -> None:
+        """Look every certificate up again: another process may have revoked some while nobody was served."""
+        self._good.clear()
+
     def _look_up(self, caller: Caller) -> None:
         row = self._find(caller.serial)
         if row is None or (row.role, row.subject_id) != (caller.role, caller.id):
             raise IdentityError(
                 f"{caller}: certificate {caller.serial} is not in this coordinator's registry",
-                hint=_ENROL_AGAIN,
+                hint=f"{_ENROL_AGAIN}; so it is with certificates issued after the backup that it was restored from",
             )
         if row.revoked_at:
             raise _revoked(row)

@@ -14,6 +14,7 @@ from fedserver.config import ServerConfig, ServerHome
 from fedserver.registry import Registry
 from fedserver.rotation import ends_soon
 from fedserver.schema import MIGRATIONS
+from fedserver.terms import Terms
 
 
 def load_home(home: Path) -> ServerConfig:
@@ -54,6 +55,8 @@ def check_home(home: Path, now: datetime) -> Iterator[str]:
     yield f"ok  {paths.credential}: certificate until {until:%Y-%m-%d}{ended}"
     database = open_database(paths.database, MIGRATIONS)
     try:
-        yield f"ok  {paths.database}: {len(Registry(database).sites())} sites"
+        terms = Terms(database)
+        held = "; restored, serves nobody before 'fedserver release'" if terms.held() else ""
+        yield f"ok  {paths.database}: {len(Registry(database).sites())} sites, {terms.current()}{held}"
     finally:
         database.close()

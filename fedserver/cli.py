@@ -8,6 +8,7 @@ import typer
 
 from fedcore.program import run_program
 from fedserver.ca_commands import HomeOption, ca_app
+from fedserver.recovery_commands import add_to
 
 app = typer.Typer(
     help="The coordinator of a fedimpres federation.",
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 
 app.add_typer(ca_app, name="ca")
+add_to(app)
 
 
 @app.command()

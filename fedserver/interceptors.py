@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 
 from fedcore import tls as _tls  # noqa: F401 - before grpc
-from fedcore.errors import FedimpresError, InternalError, ProtocolError
+from fedcore.errors import FedimpresError, HeldError, InternalError, ProtocolError
 from fedcore.identity import Caller, caller_from_auth_context, check_not_ended
 from fedcore.status import to_status
 from fedserver.authorisation import authorise, is_public
@@ -37,6 +37,7 @@ Handler = Callable[[Any, Any], Any]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]]
 
 _log = structlog.get_logger("fedserver.rpc")
+_HEALTH = "/grpc.health.v1."
 _CALLER: ContextVar[Caller] = ContextVar("caller")
 # Refusals by these are our failures rather than the caller's: logged as errors, with the traceback.
 _OURS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
@@ -59,6 +60,8 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
 
     `roles_of` says what a caller is let in as; `audit` records what the table of fedserver.audit_policy names, and
     every refusal; `limits` says how much one caller may ask for. Streams are asked again while they are open.
+    `check_released` raises HeldError while nobody is served: health checks are answered all the same, and the refusals are
+    not recorded.
     """
 
     def __init__(
@@ -70,8 +73,10 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         roles_of: RolesOf,
         audit: CallAudit,
         limits: Limits,
+        check_released: Callable[[], None] = lambda: None,
     ) -> None:
         self._limits = limits
+        self._check_released = check_released
         self._federation = federation
         self._check_certificate = check_certificate
         self._roles_of = roles_of
@@ -139,6 +144,8 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         record = self._audit.open(method, context.peer())
         answer: Callable[[], Awaitable[Any]] = partial(handle, record)
         try:
+            if not method.startswith(_HEALTH):
+                self._check_released()
             if not is_public(method):
                 known = caller_from_auth_context(context.auth_context(), self._federation, self._clock())
                 caller = record.actor = str(known)
@@ -162,7 +169,8 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         except Exception as error:
             if isinstance(error, NotImplementedError):
                 error = ProtocolError(f"{method.rpartition('.')[2]} is not served here")
-            recorded = await self._audit.failed(record, error)
+            held = isinstance(error, HeldError)
+            recorded = False if held else await self._audit.failed(record, error)
             await _refuse(error, method, caller, context, started, quiet=not recorded)
         else:
             _log.debug("rpc", method=method, caller=caller, code="OK", seconds=_since(started))
@@ -177,11 +185,18 @@ def edge_interceptors(
     roles_of: RolesOf,
     audit: CallAudit,
     limits: Limits | None = None,
+    check_released: Callable[[], None] = lambda: None,
 ) -> list[grpc.aio.ServerInterceptor]:
     """What a server of the coordinator is made with: `aio.server(interceptors=edge_interceptors(name, check))`."""
     return [
         EdgeInterceptor(
-            federation, check_certificate, clock, roles_of=roles_of, audit=audit, limits=limits or Limits()
+            federation,
+            check_certificate,
+            clock,
+            roles_of=roles_of,
+            audit=audit,
+            limits=limits or Limits(),
+            check_released=check_released,
         )
     ]
 

@@ -105,4 +105,17 @@ MIGRATIONS: tuple[str, ...] = (
         chain_pem TEXT NOT NULL DEFAULT ''
     ) STRICT;
     """,
+    # Terms (docs/adr/0006-terms.md). A restored coordinator is held until `released_at` is set. Of the audit log, records
+    # up to `audit_sequence` were in the backup; what came after them was lost.
+    """
+    CREATE TABLE terms (
+        number INTEGER NOT NULL CHECK (number >= 1),
+        began_ms INTEGER NOT NULL,
+        backup TEXT NOT NULL,
+        audit_sequence INTEGER NOT NULL,
+        released_at TEXT,
+        PRIMARY KEY (number, began_ms)
+    ) STRICT;
+    INSERT INTO terms (number, began_ms, backup, audit_sequence, released_at) VALUES (1, 0, '', 0, '');
+    """,
 )

@@ -114,6 +114,7 @@ class HelloRequest(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     AUDIT_HEAD_FIELD_NUMBER: _builtins.int
     KEPT_AUDIT_HEAD_FIELD_NUMBER: _builtins.int
+    NEWEST_TERM_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def protocol(self) -> Global___ProtocolVersion: ...
     @_builtins.property
@@ -124,6 +125,10 @@ class HelloRequest(_message.Message):
 
     @_builtins.property
     def kept_audit_head(self) -> _audit_pb2.AuditHead: ...
+    @_builtins.property
+    def newest_term(self) -> Global___Term:
+        """Since 1.1: the newest term of the coordinator that the site knows; unset if it knows none."""
+
     def __init__(
         self,
         *,
@@ -131,10 +136,11 @@ class HelloRequest(_message.Message):
         capabilities: Global___Capabilities | None = ...,
         audit_head: _audit_pb2.AuditHead | None = ...,
         kept_audit_head: _audit_pb2.AuditHead | None = ...,
+        newest_term: Global___Term | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["audit_head", b"audit_head", "capabilities", b"capabilities", "kept_audit_head", b"kept_audit_head", "protocol", b"protocol"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["audit_head", b"audit_head", "capabilities", b"capabilities", "kept_audit_head", b"kept_audit_head", "newest_term", b"newest_term", "protocol", b"protocol"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_head", b"audit_head", "capabilities", b"capabilities", "kept_audit_head", b"kept_audit_head", "protocol", b"protocol"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_head", b"audit_head", "capabilities", b"capabilities", "kept_audit_head", b"kept_audit_head", "newest_term", b"newest_term", "protocol", b"protocol"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -151,6 +157,7 @@ class HelloReply(_message.Message):
     SOFTWARE_VERSION_FIELD_NUMBER: _builtins.int
     AUDIT_HEAD_FIELD_NUMBER: _builtins.int
     KEPT_AUDIT_HEAD_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
     federation: _builtins.str
     session: _builtins.str
     """Names the stream to open next: goes into the metadata key fedimpres-session of Directives."""
@@ -164,6 +171,10 @@ class HelloReply(_message.Message):
 
     @_builtins.property
     def kept_audit_head(self) -> _audit_pb2.AuditHead: ...
+    @_builtins.property
+    def term(self) -> Global___Term:
+        """Since 1.1: the coordinator's term."""
+
     def __init__(
         self,
         *,
@@ -174,14 +185,42 @@ class HelloReply(_message.Message):
         software_version: _builtins.str = ...,
         audit_head: _audit_pb2.AuditHead | None = ...,
         kept_audit_head: _audit_pb2.AuditHead | None = ...,
+        term: Global___Term | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["audit_head", b"audit_head", "kept_audit_head", b"kept_audit_head", "protocol", b"protocol"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["audit_head", b"audit_head", "kept_audit_head", b"kept_audit_head", "protocol", b"protocol", "term", b"term"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_head", b"audit_head", "federation", b"federation", "heartbeat_interval_s", b"heartbeat_interval_s", "kept_audit_head", b"kept_audit_head", "protocol", b"protocol", "session", b"session", "software_version", b"software_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_head", b"audit_head", "federation", b"federation", "heartbeat_interval_s", b"heartbeat_interval_s", "kept_audit_head", b"kept_audit_head", "protocol", b"protocol", "session", b"session", "software_version", b"software_version", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HelloReply: _TypeAlias = HelloReply  # noqa: Y015
+
+@_typing.final
+class Term(_message.Message):
+    """The life of a coordinator from its initialisation, or a restore, to the next restore. A higher number is the newer term,
+    of equal ones that which began later (two restores of the same backup).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    BEGAN_UNIX_MS_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    began_unix_ms: _builtins.int
+    """Milliseconds since 1970; 0 in the first term."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        began_unix_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["began_unix_ms", b"began_unix_ms", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Term: _TypeAlias = Term  # noqa: Y015
 
 @_typing.final
 class AgentMessage(_message.Message):

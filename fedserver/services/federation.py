@@ -20,6 +20,7 @@ from fedcore.errors import (
     TransferError,
 )
 from fedcore.protocol import PROTOCOL, SESSION_KEY, check_version
+from fedcore.term import term_to_proto
 from fedcore.text import printable
 from fedcore.v1 import federation_pb2, federation_pb2_grpc, tensor_pb2
 from fedcore.version import software_version
@@ -91,6 +92,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             session=session,
             heartbeat_interval_s=self._heartbeat_interval_s,
             software_version=software_version(),
+            term=term_to_proto(heads.term),
         )
 
     async def Directives(  # noqa: N802

@@ -88,7 +88,7 @@ from fedcore.v1 import (
 
 OPEN_STREAMS = 10
 # Services that take a whole coordinator: the edge is the same without what is behind it.
-BEHIND_THE_EDGE = ("federation", "impressions", "operations", "sites")
+BEHIND_THE_EDGE = ("backup", "federation", "impressions", "operations", "sites")
 UNIMPLEMENTED = [
     (import_module(f"fedcore.v1.{name}_pb2_grpc"), f"{name.capitalize()}Servicer") for name in BEHIND_THE_EDGE
 ]

@@ -25,6 +25,13 @@ def test_a_newer_task_takes_the_place_of_the_older() -> None:
     assert ended(state, ONE, completed=False) == (AgentState(TWO, TWO), (Begin(TWO),))
 
 
+def test_the_same_round_from_another_model_is_another_task() -> None:
+    """A coordinator restored from a backup asks for a round again, and may have come to another model by then."""
+    state, _ = asked(AgentState(), Task("train", "r", 1, "model-1"))
+    again = Task("train", "r", 1, "model-2")
+    assert asked(state, again)[1] == (Withdraw(Task("train", "r", 1, "model-1")),)
+
+
 def test_a_task_done_in_the_moment_it_was_replaced_does_not_block_the_newer() -> None:
     state, _ = asked(AgentState(), ONE)
     state, _ = asked(state, TWO)

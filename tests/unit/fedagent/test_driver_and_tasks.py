@@ -163,6 +163,36 @@ def test_a_full_disk_of_ones_own_trains_again_and_then_tells(
     assert load_record(site.home.tasks / "blood-1~1.json") is None
 
 
+def test_a_finished_update_answers_for_the_inputs_that_it_was_made_from_only(
+    site: Site, host: ComputeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A coordinator restored from a backup may ask for the same round of the same run, from another model."""
+
+    async def away(*args: Any) -> Any:
+        raise UnreachableError("the coordinator went away, with its disk")
+
+    async def story() -> None:
+        trained, record = site.home.local_state / "blood-1" / "trained", site.home.tasks / "blood-1~1.json"
+        task = site.train("blood-1")
+        await site.tasks._train_and_deliver(task)
+        assert trained.read_text() == "x"
+        site.delivers(away, monkeypatch)
+        for times in ("xx", "xx"):  # the second time it is answered from the disk
+            with pytest.raises(UnreachableError):
+                await site.tasks._train_and_deliver(task)
+            assert trained.read_text() == times
+        spec, path = TensorSpec("w", "I64", (1,)), site.store.new_path()
+        task.model.digest = write_tensor_file(path, {"w": (spec, bytes([1] * 8))})
+        site.store.adopt(path, task.model.digest)
+        with pytest.raises(UnreachableError):
+            await site.tasks._train_and_deliver(task)
+        assert trained.read_text() == "xxx"
+        assert (load_record(record) or {})["inputs"] == f"{task.model.digest},,"
+
+    site.delivers(stored, monkeypatch)
+    go(host, story())
+
+
 @pytest.mark.parametrize("run", ["blood-1a2b3c4d", "7", "a.b_c-d", "a" * 72])
 def test_what_the_coordinator_calls_its_runs_is_accepted(run: str) -> None:
     assert is_run(run)
