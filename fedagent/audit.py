@@ -203,13 +203,19 @@ def open_site_audit(path: Path) -> Database:
 
 
 @contextmanager
-def site_log(path: Path) -> Iterator[tuple[AuditLog, list[Followed]]]:
-    """The log of a site for reading, also while its agent runs, and the coordinator's restores that the site has seen.
-
-    Raises StorageError if there is none.
-    """
+def site_log(path: Path) -> Iterator[AuditLog]:
+    """The log of a site for reading, also while its agent runs. Raises StorageError if there is none."""
     database = open_database(path, MIGRATIONS)
     try:
-        yield AuditLog(database), restores(database)
+        yield AuditLog(database)
+    finally:
+        database.close()
+
+
+def coordinators_restores(path: Path) -> list[Followed]:
+    """The restores of its coordinator that a site has followed, the oldest first. Raises StorageError."""
+    database = open_database(path, MIGRATIONS)
+    try:
+        return restores(database)
     finally:
         database.close()

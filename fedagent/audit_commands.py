@@ -31,7 +31,7 @@ def list_records(
 
     _check(output)
     wanted = Wanted(action=action)
-    with site_log(AgentHome(home).audit) as (log, _):
+    with site_log(AgentHome(home).audit) as log:
         records = (record for record in map(document, log.walk()) if wanted.takes(record))
         if output == "json":
             typer.echo(json.dumps({"records": list(records)}, indent=2))
@@ -51,7 +51,7 @@ def export(home: HomeOption) -> None:
     from fedagent.config import AgentHome
     from fedcore.audit_text import export_line
 
-    with site_log(AgentHome(home).audit) as (log, _):
+    with site_log(AgentHome(home).audit) as log:
         for entry in log.walk():
             sys.stdout.write(export_line(entry) + "\n")
 
@@ -68,7 +68,7 @@ def verify_log(
 
     Also says if the coordinator's log has lost records since an earlier hello, and when it was restored from a backup.
     """
-    from fedagent.audit import site_log
+    from fedagent.audit import coordinators_restores, site_log
     from fedagent.config import AgentHome
     from fedcore.audit import Known, verify
     from fedcore.audit_text import head_option, raise_broken, verdict_document
@@ -76,11 +76,14 @@ def verify_log(
     _check(output)
     given = head_option(head)
     path = AgentHome(home).audit
-    with site_log(path) as (log, restores):
+    with site_log(path) as log:
         known = log.known() + ([Known("the head given by --head", given)] if given is not None else [])
         verdict = verify(log.walk(), known)
         contradictions = [peer.went_back for peer in log.peers() if peer.went_back]
-    report = {**verdict_document(verdict, contradictions), "restores": list(map(str, restores))}
+    report = {
+        **verdict_document(verdict, contradictions),
+        "restores": list(map(str, coordinators_restores(path))),
+    }
     if output == "table":
         typer.echo(f"records  {report['records']}\nhead     {report['head']}")
         typer.echo(f"whole    {'yes' if report['ok'] else 'no'}")

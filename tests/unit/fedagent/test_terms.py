@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedagent.audit import COORDINATOR, SiteAudit, open_site_audit, site_log
+from fedagent.audit import COORDINATOR, SiteAudit, coordinators_restores, open_site_audit
 from fedagent.schema import MIGRATIONS
 from fedcore.audit import Head, verify
 from fedcore.audit_heads import head_to_proto
@@ -90,8 +90,7 @@ def test_a_log_that_went_back_with_a_restore_is_recorded_as_that(site: Site) -> 
     assert record["detail"]["after"].startswith("12:")
     assert record["detail"]["term"] == str(SECOND)
     assert verify(site.audit.log.walk()).finding is None
-    with site_log(site.path) as (_, restores):
-        (restored,) = restores
+    (restored,) = coordinators_restores(site.path)
     assert "its log had 40 records before and 12 then" in str(restored)
 
 
