@@ -105,22 +105,6 @@ def serve(
 
 
 @app.command()
-def migrate(
-    home: HomeOption,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Try it on a copy; change nothing.")] = False,
-) -> None:
-    """Bring the agent's database to this version; `serve` does it too. A copy is kept beside it."""
-    from fedagent.config import AgentHome
-    from fedagent.schema import MIGRATIONS
-    from fedcore.home_lock import HomeLock
-    from fedcore.migration import migrate_file
-
-    places = AgentHome(home)
-    with HomeLock(places.lock):
-        typer.echo(migrate_file(places.audit, MIGRATIONS, dry_run=dry_run))
-
-
-@app.command()
 def version() -> None:
     """Print the version."""
     from fedcore.version import software_version

@@ -112,6 +112,20 @@ def doctor_command(home: HomeOption) -> None:
     _report(doctor(paths, config, credential, now))
 
 
+def migrate_command(
+    home: HomeOption,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Try it on a copy; change nothing.")] = False,
+) -> None:
+    """Bring the agent's database to this version; `serve` does it too. A copy is kept beside it."""
+    from fedagent.schema import MIGRATIONS
+    from fedcore.home_lock import HomeLock
+    from fedcore.migration import migrate_file
+
+    paths = _home(home)
+    with HomeLock(paths.lock):
+        typer.echo(migrate_file(paths.audit, MIGRATIONS, dry_run=dry_run))
+
+
 def add_to(app: typer.Typer) -> None:
     """Give these commands to the program."""
     app.add_typer(policy_app, name="policy")
@@ -122,6 +136,7 @@ def add_to(app: typer.Typer) -> None:
         ("check-config", check_config_command),
         ("preflight", preflight_command),
         ("doctor", doctor_command),
+        ("migrate", migrate_command),
     ):
         app.command(name)(command)
 

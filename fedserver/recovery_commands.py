@@ -122,8 +122,7 @@ def _revoked(names: str, nothing: bool) -> "Revoked":
     if bool(given) == nothing:
         raise ConfigError(
             "give either --revoked SERIAL,... or --no-revocations-since",
-            hint="the audit log of another operator's export, or the people who revoke, know which: action "
-            "certificate.revoke since the backup",
+            hint="ask who revokes, or look into an exported audit log: certificate.revoke since the backup",
         )
     return Revoked(given)
 
