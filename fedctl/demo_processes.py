@@ -151,8 +151,8 @@ def child_environment() -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Loopback ports that nobody listens on. They lie below the range from which outgoing connections draw
-    theirs.
+    """Loopback ports that nobody listens on. They lie below the range from which outgoing connections draw theirs, and are
+    kept for this process until it ends: another one that looks meanwhile gets others.
     """
     draw = random.SystemRandom()
     found: list[int] = []
@@ -163,11 +163,25 @@ def free_ports(count: int) -> list[int]:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-        if port not in found:
+        if _claim(port):
             found.append(port)
         if len(found) == count:
             return found
     raise UnreachableError("no free port between 20000 and 32000 on the loopback interface")
+
+
+def _claim(port: int) -> bool:
+    """Whether a port is this process's from now on. Who starts a program that is to listen can't bind the port itself, so
+    a name stands for it, of the kind that the kernel forgets with the process.
+    """
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        claim.bind(f"\0fedimpres-port-{port}")
+    except OSError:
+        claim.close()
+        return False
+    claim.detach()
+    return True
 
 
 def _said(command: Sequence[str]) -> str:

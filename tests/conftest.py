@@ -1,14 +1,22 @@
 """One real federation for all tests that need one; each test leaves it whole and idle."""
 
+import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from fedcore import reproducibility
-from tests.federation_fixture import SITES, Federation, build
 
+# Here and in all that is started: threads that wait for each other take most of their time on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # As the programs do: test modules compute while they are collected, and simulations run in this process.
 reproducibility.prepare()
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("tests", deadline=None, max_examples=50)
+hypothesis.settings.load_profile("tests")
+
+from tests.federation_fixture import SITES, Federation, build  # noqa: E402 - after the environment is set
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ TWO = SITES[:2]
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    federation = build(tmp_path_factory.mktemp("audit"))
+    federation = build(tmp_path_factory.mktemp("audit"), TWO)
     yield federation
     federation.stop()
     federation.check_over()
@@ -78,7 +78,7 @@ def test_the_coordinator_says_who_did_what_to_what_from_where(lab: Federation, r
         by_action.setdefault(one["action"], []).append(one)
     assert by_action["coordinator.start"][0]["actor"] == "coordinator"
     enrolled = {one["object"] for one in by_action["member.enroll"] if one["result"] == "ok"}
-    assert {f"site/{site}" for site in SITES} <= enrolled
+    assert {f"site/{site}" for site in TWO} <= enrolled
     assert {one["object"] for one in by_action["token.create"]} == enrolled
     (submitted,) = [one for one in by_action["run.submit"] if one["object"] == f"run/{run}"]
     assert (submitted["actor"], submitted["role"], submitted["result"]) == (
@@ -116,7 +116,7 @@ def test_both_logs_are_whole_and_the_head_is_told(lab: Federation, run: str) -> 
     report = lab.ctl("audit", "verify", "-o", "json").json
     assert report["ok"] is True
     assert lab.ctl("audit", "verify", "--head", report["head"]).code == 0
-    for site in SITES:
+    for site in TWO:
         said = verify_site(lab, site)
         assert (said.code, said.json["ok"]) == (0, True)
 
@@ -227,11 +227,11 @@ def test_a_cut_tail_of_the_coordinator_is_found_by_what_the_sites_have_kept(lab:
         also="DELETE FROM audit_witnesses; DELETE FROM audit_peers",
     )
     lab.start_coordinator()
-    lab.wait_connected(*SITES)
+    lab.wait_connected(*TWO)
     said = lab.ctl("audit", "verify", "-o", "json", expect=1)
     assert said.json["finding"]["kind"] in {"cut", "edited"}
     assert "site/clinic-" in said.err
-    at_site = verify_site(lab, SITES[0])
+    at_site = verify_site(lab, TWO[0])
     assert at_site.code == 1
     assert "the log of coordinator had record" in at_site.err
 

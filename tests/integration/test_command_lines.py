@@ -15,7 +15,7 @@ def run(*arguments: object, **more) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", f"{name}.cli", *rest],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=270,
         check=False,
         **more,
     )

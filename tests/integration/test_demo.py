@@ -204,7 +204,7 @@ def test_two_demos_do_not_share_a_folder(start) -> None:
         [sys.executable, "-m", "fedctl.app", "demo", "--out", str(first.out)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=270,
         check=False,
     )
     assert ended.returncode == 7

@@ -270,7 +270,7 @@ def test_errors_on_the_command_line_are_two_lines_and_an_exit_code(hospital: Pat
     words += ["--plan", str(RETINA / "plan.toml"), "--out", str(hospital / "images.csv")]
     done = subprocess.run(
         [sys.executable, str(RETINA / "make_csv.py"), *words],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=270, check=False,
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.startswith("error[data_invalid]: ")
@@ -398,7 +398,7 @@ def test_the_factorys_readme_runs_as_it_stands(trial: Federation) -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=270,
         check=False,
     )
     logs = "".join(path.read_text() for path in home.glob("*.log"))

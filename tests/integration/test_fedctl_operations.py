@@ -61,7 +61,7 @@ class Lab:
             [sys.executable, "-m", "fedctl.app", *args],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=270,
             check=False,
             env=self.environment(),
             stdin=subprocess.DEVNULL,
@@ -161,7 +161,7 @@ def test_watch_goes_on_through_a_restart_of_the_coordinator(lab: Lab) -> None:
     lab.group._running.clear()
     lab.serve("coordinator-again")
     lab.ok("run", "abort", run, "--yes")
-    out, err = watch.communicate(timeout=60)
+    out, err = watch.communicate(timeout=270)
     assert json.loads(out.splitlines()[-1])["state"] == "ABORTED"
     assert "connection lost" in err
     assert "connected again" in err

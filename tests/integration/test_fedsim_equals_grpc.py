@@ -41,7 +41,7 @@ def test_same_numbers_over_grpc_and_simulated(strategy: str, tmp_path: Path) -> 
         [sys.executable, "-m", "fedctl.app", *command],
         capture_output=True,
         text=True,
-        timeout=380,
+        timeout=270,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -107,7 +107,7 @@ print(correct, total)
     paths = [str(federation.data(site)) for site in PAIR]
     done = subprocess.run(
         [sys.executable, "-c", code, str(file), json.dumps(card), *paths],
-        capture_output=True, text=True, timeout=60, check=True,
+        capture_output=True, text=True, timeout=270, check=True,
     )  # fmt: skip
     correct, total = map(int, done.stdout.split())
     return correct, total

@@ -51,7 +51,7 @@ def run(code: str, path: str) -> str:
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=270,
         check=False,
     )
     assert result.returncode == 0, result.stderr

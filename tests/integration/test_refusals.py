@@ -140,7 +140,7 @@ class Waiting:
     update: Update
 
     def deliver(self, parts: Iterable[Part]) -> federation_pb2.DeliverReply:
-        return self.call(lambda: self.probe.stub.Deliver(iter(parts), timeout=60))
+        return self.call(lambda: self.probe.stub.Deliver(iter(parts), timeout=270))
 
     def finish(self) -> Any:
         """Report figures once they are asked for, and wait for the end of the run."""
@@ -345,7 +345,7 @@ def test_a_newer_stream_ends_the_older_at_once(waiting: Waiting) -> None:
     older = waiting.probe.stub.Deliver.future(_endless(update.parts(end=4 * CHUNK), over))
     wait_until(lambda: waiting.offset(update).offset == 4 * CHUNK, "four chunks are there")
     assert waiting.deliver(update.parts(4 * CHUNK)).outcome == federation_pb2.DeliverReply.OUTCOME_STORED
-    error = older.exception(timeout=60)
+    error = older.exception(timeout=270)
     over.set()
     assert isinstance(from_rpc_error(error, "coordinator"), ConflictError)
 
@@ -444,7 +444,7 @@ def _last_reason(federation: Federation, run: str, adapter: Any) -> str:
 def test_fetch_gives_only_what_the_sites_work_needs(waiting: Waiting) -> None:
     def fetch(digest: str, offset: int = 0) -> list[tensor_pb2.ArtifactPart]:
         request = federation_pb2.FetchRequest(digest=digest, offset=offset)
-        return waiting.call(lambda: list(waiting.probe.stub.Fetch(request, timeout=60)))  # type: ignore[no-any-return]
+        return waiting.call(lambda: list(waiting.probe.stub.Fetch(request, timeout=270)))  # type: ignore[no-any-return]
 
     size = waiting.task.model.payload_bytes
     tail = fetch(waiting.task.model.digest, size - 8)

@@ -518,7 +518,7 @@ def test_a_caller_with_too_many_open_calls_is_refused_and_nobody_else(edge, oper
 
 def outcome(channel: grpc.Channel, method: str) -> FedimpresError | None:
     """Call any method with an empty message, as a raw stream in both directions."""
-    call = channel.stream_stream(method)(iter([b""]), timeout=60)
+    call = channel.stream_stream(method)(iter([b""]), timeout=270)
     try:
         next(call, None)
     except grpc.RpcError as error:

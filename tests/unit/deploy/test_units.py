@@ -68,7 +68,7 @@ def test_pytorch_trains_under_the_filter(drop_ins):
         [sys.executable, UNDER, *units, "--", sys.executable, "-c", script],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=270,
         check=False,
     )
     assert (done.returncode, done.stdout.split()) == (0, ["filtered", "True", "True"]), done.stderr

@@ -50,7 +50,7 @@ def test_the_script_gives_the_classes_that_the_framework_gives(channels: int, tm
     for n in range(6):
         Image.fromarray(rng.integers(0, 256, (30, 20, 3), dtype=np.uint8)).save(folder / f"{n}.png")
     command = [sys.executable, str(SCRIPT), str(file), str(folder.parent)]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=270).stdout
 
     reader = open_dataset("folder", folder.parent, validation_fraction=0, test_fraction=0)
     with torch.inference_mode():

@@ -1,4 +1,6 @@
+import random
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -95,6 +97,25 @@ def test_ports_are_free_and_differ() -> None:
     for port in ports:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
+
+
+def test_ports_are_given_to_one_process_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens yet when another process looks, which is shown the same numbers."""
+    code = """
+import random
+from fedctl.demo_processes import free_ports
+random.SystemRandom = lambda: random.Random(4)
+print(*free_ports(3), flush=True)
+input()
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        theirs = set(map(int, other.stdout.readline().split()))
+        assert len(theirs) == 3
+        monkeypatch.setattr("fedctl.demo_processes.random.SystemRandom", lambda: random.Random(4))
+        assert not theirs & set(free_ports(3))
+        other.communicate("over\n")
 
 
 def test_a_failing_program_is_told_with_its_last_words(tmp_path: Path) -> None:

@@ -1,14 +1,19 @@
 """Many runs through the command line: resumed, repeated, refused."""
 
+import contextlib
 import fcntl
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+
+from fedsim import cli
 
 ROW_KEYS = {
     "profile", "dataset", "alpha", "model", "strategy", "ablation", "seed", "accuracy", "balanced_accuracy",
@@ -29,9 +34,16 @@ training = { epochs = 1 }
 
 
 def fedsim(*args: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "fedsim.cli", *args], capture_output=True, text=True, timeout=170, check=False
-    )
+    """The command, in this process: a program of its own would spend most of its time on importing torch."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["fedsim", *args]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        cli.main()
+    done = subprocess.CompletedProcess(args, int(ended.value.code or 0), out.getvalue(), err.getvalue())
     assert done.returncode == code, done.stderr
     return done
 
@@ -160,7 +172,10 @@ def test_contradicting_options_are_one_clear_error(tmp_path: Path) -> None:
         (["--partition", "iid", "--alpha", "0.1"], "partition 'iid' contradicts alpha 0.1"),
         (["--dataset", "wbc_multisite", "--alpha", "0.1"], "wbc_multisite is dealt by its real sites"),
     ):
-        stderr = fedsim("compare", *options, *common, code=78).stderr
+        command = [sys.executable, "-m", "fedsim.cli", "compare", *options, *common]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=270, check=False)
+        stderr = done.stderr
+        assert done.returncode == 78, stderr
         assert stderr.startswith("error[config_invalid]")
         assert stderr.count("error") == 1
         assert message in stderr

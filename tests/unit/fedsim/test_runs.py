@@ -35,7 +35,10 @@ def sha256(path: Path) -> str:
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_events_replay_to_the_same_state(overlap: bool, federation: Federation, make_plan: MakePlan) -> None:
-    plan = make_plan(rounds=3, strategy="fedimpres", strategy_options={**EAGER, "overlap": overlap})
+    # Beside training, impressions are made a round later.
+    plan = make_plan(
+        rounds=3 if overlap else 2, strategy="fedimpres", strategy_options={**EAGER, "overlap": overlap}
+    )
     result = fedsim.run(plan, federation)
     state = replay(plan, result.events)
     assert state.status == result.state == "DONE"
@@ -151,17 +154,17 @@ def test_forgetting_is_measured_at_the_end_and_changes_nothing(
     assert measured.model_digest == unmeasured.model_digest
 
 
-def test_hundreds_of_sites_leave_no_heap_of_files(make_plan: MakePlan) -> None:
-    federation = load_benchmark("digits", sites=200, seed=0)
+def test_a_hundred_sites_leave_no_heap_of_files(make_plan: MakePlan) -> None:
+    federation = load_benchmark("digits", sites=100, seed=0, max_train=400)
     files: list[int] = []
 
     def on_round(record: RoundRecord, model: Path) -> None:
         files.append(sum(1 for _ in model.parent.parent.glob("??/*.safetensors")))
 
-    result = fedsim.run(make_plan(rounds=3), federation, on_round=on_round, forgetting_rounds=0)
-    assert [record.aggregated for record in result.records] == [200] * 3
+    result = fedsim.run(make_plan(), federation, on_round=on_round, forgetting_rounds=0)
+    assert [record.aggregated for record in result.records] == [100] * 2
     # Updates, the model before, the model after and the best so far: the same number in every round.
-    assert max(files) <= 200 + 3
+    assert max(files) <= 100 + 3
 
 
 def test_plan_that_does_not_fit_is_refused(federation: Federation, make_plan: MakePlan) -> None:

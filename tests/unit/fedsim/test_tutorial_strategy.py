@@ -48,7 +48,7 @@ def python(folder: Path, *arguments: str) -> str:
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=270,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -98,7 +98,7 @@ except PlanError as error:
 assert "torch" not in sys.modules
 import fedsim
 from fedcore.data.benchmark_sets import load_benchmark
-data = load_benchmark("digits", sites=3, alpha=0.1, seed=0, max_train=150)
+data = load_benchmark("digits", sites=2, alpha=0.1, seed=0, max_train=80)
 digests = set()
 for change in ({}, {"beta": 0.0}, {"step": 0.5}, {"logit_adjustment": 0.0}, {"ema": 0.0}):
     options = {**plan.strategy_options, **change}
