@@ -1,5 +1,6 @@
 """A bank of impressions as `fedctl impression` shows it: one document for programs, rows and lines for people."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedctl.durations import format_bytes
@@ -69,7 +70,7 @@ def bank_lines(bank: "impressions_pb2.ImpressionBank") -> list[tuple[str, Any]]:
     if bank.state == "stored":
         lines += [
             ("impressions", f"{bank.num_images} ({format_bytes(bank.bytes)})"),
-            ("classes", ", ".join(f"{one.name} {one.num_images}" for one in bank.classes)),
+            ("classes", ", ".join(f"{one.name}: {one.num_images}" for one in bank.classes)),
         ]
     lines += [(f"begun in round {one.round}", one.num_images) for one in bank.born]
     lines += [(name.replace("_", " "), value) for name, value in sorted(bank.figures.items())]
@@ -77,8 +78,9 @@ def bank_lines(bank: "impressions_pb2.ImpressionBank") -> list[tuple[str, Any]]:
         lines.append(("note", bank.note))
     lines += [(f"check at {one.site}, round {one.round}", _check_text(one.check)) for one in bank.checks]
     if bank.lives_on_in:
-        rounds = ", ".join(map(str, bank.lives_on_in))
-        lines.append(("lives on in", f"banks of rounds {rounds}, which hold images begun here or before"))
+        lines.append(
+            ("lives on in", f"{_rounds(bank.lives_on_in)}, whose banks hold images begun here or before")
+        )
     if bank.HasField("purge"):
         purge = bank.purge
         lines.append(("purged", f"{purge.at} by {purge.by}: {purge.reason}"))
@@ -102,15 +104,20 @@ def next_steps(reply: "impressions_pb2.PurgeImpressionsReply") -> list[str]:
     later = sorted({number for bank in reply.banks for number in bank.lives_on_in})
     if later:
         lines.append(
-            f"banks of rounds {', '.join(map(str, later))} hold pictures of these rounds: each bank goes on from the one "
-            f"before; fedctl impression purge {run} --all removes them too"
+            f"the banks of {_rounds(later)} hold pictures of it too: each goes on from the one before; "
+            f"fedctl impression purge {run} --all removes them"
         )
     outstanding = {site.site for bank in reply.banks for site in bank.purge.sites if not site.confirmed_at}
     if outstanding:
+        command = f"fedctl impression show {run} --round {reply.banks[-1].round}"
         lines.append(
-            f"deleted here; asked of {', '.join(sorted(outstanding))} (fedctl impression show {run} says who has confirmed)"
+            f"deleted here; asked of {', '.join(sorted(outstanding))} ({command} says who has confirmed)"
         )
     return lines
+
+
+def _rounds(numbers: Sequence[int]) -> str:
+    return f"round{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def _sites_text(bank: "impressions_pb2.ImpressionBank") -> str:

@@ -73,7 +73,7 @@ def test_a_stored_bank_says_who_holds_it() -> None:
     assert (row["state"], row["images"], row["classes"]) == ("stored, in use", 12, 2)
     assert row["sites"] == "1 of 2 hold it, 1 unknown"
     lines = dict(bank_lines(bank()))
-    assert lines["classes"] == "monocyte 7, platelet 5"
+    assert lines["classes"] == "monocyte: 7, platelet: 5"
     assert lines["copy at a"] == "yes"
     assert lines["copy at b"].startswith("unknown")
 
@@ -95,8 +95,8 @@ def test_after_a_purge_the_operator_reads_what_is_left() -> None:
     reply = impressions_pb2.PurgeImpressionsReply(banks=[made], purged=1, other_runs=["blood-2"])
     text = "\n".join(next_steps(reply))
     assert "other runs too: blood-2" in text
-    assert "rounds 4, 5 hold pictures" in text
-    assert "asked of b " in text
+    assert "the banks of rounds 4, 5 hold pictures of it too" in text
+    assert "asked of b (fedctl impression show blood-1 --round 3 says" in text
     reply.purged = 0
     assert next_steps(reply)[0] == "they were purged before; nothing was changed"
 
