@@ -57,6 +57,12 @@ class ConfigError(FedimpresError):
     code = "config_invalid"
 
 
+class UsageError(ConfigError):
+    """A command was called in a way that it can't be."""
+
+    code = "usage"
+
+
 class PlanError(ConfigError):
     """A run's plan is wrong."""
 

@@ -48,6 +48,7 @@ _BUG = "the coordinator met an internal error"
 TABLE: dict[type[e.FedimpresError], ErrorMapping] = {
     e.FedimpresError: ErrorMapping(_S.INTERNAL, EXIT_BUG, _BUG),
     e.ConfigError: ErrorMapping(_S.FAILED_PRECONDITION, 78),
+    e.UsageError: ErrorMapping(_S.INVALID_ARGUMENT, 2),
     e.PlanError: ErrorMapping(_S.INVALID_ARGUMENT, 78),
     e.DataError: ErrorMapping(_S.FAILED_PRECONDITION, 1),
     e.CorruptImagesError: ErrorMapping(_S.FAILED_PRECONDITION, 1),

@@ -5,16 +5,16 @@ from typing import Annotated
 
 import typer
 
-from fedcore.errors import ConfigError
+from fedcore.errors import UsageError
 from fedctl.render import note
 
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask; needed off a terminal.")]
 
 
 def check_can_ask(command: str, *, yes: bool) -> None:
-    """Raise ConfigError if `command` would have to ask and nobody is there to answer."""
+    """Raise UsageError if `command` would have to ask and nobody is there to answer."""
     if not yes and not sys.stdin.isatty():
-        raise ConfigError(f"`{command}` can't ask for confirmation off a terminal", hint="add --yes")
+        raise UsageError(f"`{command}` can't ask for confirmation off a terminal", hint="add --yes")
 
 
 def agree(question: str, *, yes: bool) -> None:

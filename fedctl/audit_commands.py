@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="The coordinator's audit log. Takes the role auditor or owner.")
 
 COLUMNS = [
-    Column("NO", "sequence", True), Column("TIME", "time"), Column("WHO", "actor"), Column("AS", "role"),
-    Column("ACTION", "action"), Column("OBJECT", "object"), Column("RESULT", "result"), Column("FROM", "peer"),
-    Column("DETAIL", "details"),
+    Column("NO", "sequence", True), Column("TIME", "moment"), Column("WHO", "actor"), Column("ACTION", "action"),
+    Column("OBJECT", "object", wraps=True), Column("RESULT", "result"), Column("DETAIL", "more", wraps=True),
 ]  # fmt: skip
 
 ActionOption = Annotated[str, typer.Option("--action", help="Actions that begin so: run, run.submit.")]
@@ -171,6 +170,18 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show(output: Output, rows: list[dict[str, Any]]) -> None:
-    if output is not Output.TABLE:
+    if output is Output.TABLE:
+        rows = [
+            {**row, "moment": f"{row['time'][:10]} {row['time'][11:19]}Z", "more": _more(row)} for row in rows
+        ]
+    else:
         rows = [_plain(row) for row in rows]
     print_rows(output, "records", rows, COLUMNS, empty="no such records")
+
+
+def _more(row: dict[str, Any]) -> str:
+    """A record's details, and where it came from: beside them there is no room for columns of their own."""
+    origin = " ".join(
+        part for part in (f"as {row['role']}" if row["role"] else "", row["peer"] or "") if part
+    )
+    return "; ".join(part for part in (row["details"], origin) if part)

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedcore.errors import ConfigError, NotFoundError
+from fedcore.errors import NotFoundError, UsageError
 from fedctl.admin import Admin, open_admin, open_credential
 from fedctl.asking import YesOption, agree, check_can_ask
 from fedctl.contexts import load_contexts
 from fedctl.invocation import Invocation
-from fedctl.render import Column, Output, OutputOption, note, print_object, print_rows
+from fedctl.render import Column, Output, OutputOption, minute, note, print_object, print_rows
 
 if TYPE_CHECKING:
     from fedcore.v1 import certificates_pb2
@@ -22,7 +22,7 @@ app.add_typer(ca_app, name="ca")
 
 COLUMNS = [
     Column("SERIAL", "serial"), Column("OWNER", "owner"), Column("STATE", "state"),
-    Column("ISSUED", "issued_at"), Column("UNTIL", "not_after"), Column("REASON", "reason"),
+    Column("ISSUED", "issued_at"), Column("UNTIL", "not_after"), Column("REASON", "reason", wraps=True),
 ]  # fmt: skip
 _SERIAL_DIGITS = 12
 
@@ -50,10 +50,14 @@ def list_certificates(
         ]
     if output is Output.TABLE:
         rows = [
-            {**row, "serial": row["serial"][:_SERIAL_DIGITS], "issued_at": row["issued_at"][:16],
-             "not_after": row["not_after"][:16]}
+            {
+                **row,
+                "serial": row["serial"][:_SERIAL_DIGITS],
+                "issued_at": minute(row["issued_at"]),
+                "not_after": minute(row["not_after"]),
+            }
             for row in rows
-        ]  # fmt: skip
+        ]
     print_rows(output, "certificates", rows, COLUMNS, empty="no such certificates; --all shows ended ones")
 
 
@@ -84,7 +88,7 @@ def revoke(
     from fedcore.v1 import certificates_pb2
 
     if sum(map(bool, (serial, site, operator))) != 1:
-        raise ConfigError("`cert revoke` needs one of SERIAL, --site and --operator")
+        raise UsageError("`cert revoke` needs one of SERIAL, --site and --operator")
     check_can_ask("cert revoke", yes=yes)
     role, subject = _owner(site, operator)
     with open_admin(ctx) as admin:
@@ -145,7 +149,7 @@ def rotate_authority(
     from fedcore.v1 import certificates_pb2
 
     if force and not finish:
-        raise ConfigError("--force goes with --finish only")
+        raise UsageError("--force goes with --finish only")
     check_can_ask("cert ca rotate", yes=yes)
     agree("Drop the old CA?" if finish else "Move this federation to a new root and issuing CA?", yes=yes)
     with open_admin(ctx) as admin:
@@ -219,7 +223,7 @@ def _owner_text(message: "certificates_pb2.Certificate") -> str:
 
 def _owner(site: str, operator: str) -> tuple[str, str]:
     if site and operator:
-        raise ConfigError("--site and --operator exclude each other")
+        raise UsageError("--site and --operator exclude each other")
     return ("site", site) if site else ("operator", operator) if operator else ("", "")
 
 

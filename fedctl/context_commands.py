@@ -93,7 +93,11 @@ def list_contexts(ctx: typer.Context, output: OutputOption = Output.TABLE) -> No
     """List the contexts."""
     contexts = load_contexts(_folder(ctx))
     rows = [_document(contexts, name) for name in contexts.folders]
-    columns = [Column("CURRENT", "current"), Column("NAME", "name"), Column("CREDENTIAL", "credential")]
+    columns = [
+        Column("CURRENT", "current"),
+        Column("NAME", "name"),
+        Column("CREDENTIAL", "credential", wraps=True),
+    ]
     print_rows(
         output, "contexts", rows, columns, empty="no contexts; fedctl context add NAME --credential DIR"
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedcore.errors import ConfigError, ConflictError, NotFoundError
+from fedcore.errors import ConfigError, ConflictError, NotFoundError, UsageError
 
 CREDENTIAL_FILES = ("ca.crt", "tls.crt", "tls.key", "credential.toml")
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
@@ -39,7 +39,7 @@ class Contexts:
     def refuse_name(self, name: str) -> None:
         """Raise ConfigError if a new context can't be called so, ConflictError if one is."""
         if not _NAME.fullmatch(name):
-            raise ConfigError(
+            raise UsageError(
                 f"context name '{name}' is not valid",
                 hint="use letters, digits, '.', '_' and '-', at most 63",
             )

@@ -2,14 +2,14 @@
 
 import re
 
-from fedcore.errors import ConfigError
+from fedcore.errors import UsageError
 
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 
 
 def parse_duration(text: str) -> float:
-    """Seconds of a duration; a bare number is seconds. Raises ConfigError unless it is positive and well-
+    """Seconds of a duration; a bare number is seconds. Raises UsageError unless it is positive and well-
     formed.
     """
     text = text.strip().lower()
@@ -18,9 +18,9 @@ def parse_duration(text: str) -> float:
     elif re.fullmatch(rf"({_PART.pattern})+", text):
         seconds = sum(float(number) * _UNIT_S[unit] for number, unit in _PART.findall(text))
     else:
-        raise ConfigError(f"'{text}' is not a duration", hint="write it as 90s, 15m, 1h30m or 2d")
+        raise UsageError(f"'{text}' is not a duration", hint="write it as 90s, 15m, 1h30m or 2d")
     if seconds <= 0:
-        raise ConfigError(f"'{text}' is not a positive duration", hint="write it as 90s, 15m, 1h30m or 2d")
+        raise UsageError(f"'{text}' is not a positive duration", hint="write it as 90s, 15m, 1h30m or 2d")
     return seconds
 
 

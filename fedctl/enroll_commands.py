@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedcore.errors import ConfigError, ConflictError, FingerprintError, NotFoundError
+from fedcore.errors import ConflictError, FingerprintError, NotFoundError, UsageError
 from fedctl.admin import Admin, open_admin
 from fedctl.durations import format_duration, parse_duration
 from fedctl.render import Column, Output, OutputOption, note, print_object, print_rows
@@ -51,9 +51,9 @@ def create(
     from fedcore.v1 import admin_pb2, membership_pb2
 
     if bool(site) == bool(operator):
-        raise ConfigError("`enroll token create` needs either --site or --operator")
+        raise UsageError("`enroll token create` needs either --site or --operator")
     if roles and site:
-        raise ConfigError("--role goes with --operator only: a site is let in as a site")
+        raise UsageError("--role goes with --operator only: a site is let in as a site")
     ttl_s = parse_duration(ttl)
     with open_admin(ctx) as admin:
         if site:
@@ -165,7 +165,7 @@ def _compare(fingerprint: str, found: "membership_pb2.EnrollmentRequest") -> Non
 
 def _ask_to_approve(found: "membership_pb2.EnrollmentRequest") -> None:
     if not sys.stdin.isatty():
-        raise ConfigError(
+        raise UsageError(
             "`enroll request approve` can't ask for confirmation off a terminal",
             hint="add --fingerprint with what the site's people read out, or --yes",
         )

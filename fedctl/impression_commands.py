@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedcore.errors import ConfigError
+from fedcore.errors import UsageError
 from fedctl.admin import Admin, open_admin
 from fedctl.durations import format_bytes
 from fedctl.impression_view import LIST_COLUMNS, bank_document, bank_lines, list_row, next_steps
@@ -104,11 +104,11 @@ def purge(
     from fedcore.v1 import impressions_pb2
 
     if everything == bool(round_):
-        raise ConfigError("`impression purge` needs one of --round N and --all")
+        raise UsageError("`impression purge` needs one of --round N and --all")
     if not reason.strip():
-        raise ConfigError("`impression purge` needs a --reason: it stands in the audit logs of all sites")
+        raise UsageError("`impression purge` needs a --reason: it stands in the audit logs of all sites")
     if not yes and not sys.stdin.isatty():
-        raise ConfigError("`impression purge` can't ask for confirmation off a terminal", hint="add --yes")
+        raise UsageError("`impression purge` can't ask for confirmation off a terminal", hint="add --yes")
     what = "all impressions" if everything else f"the impressions of round {round_}"
     if not yes and not typer.confirm(f"Delete {what} of run {run}, here and at its sites?", err=True):
         note("nothing done")

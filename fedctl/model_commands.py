@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedcore.errors import ConfigError, NotFoundError, StorageError
+from fedcore.errors import NotFoundError, StorageError, UsageError
 from fedctl.admin import Admin, open_admin
 from fedctl.completion import RunArgument
 from fedctl.documents import model_document
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from fedcore.v1 import admin_pb2
     from fedctl.transfer import OnBytes
 
+# Enough to tell models apart; `-o json` has all of it.
+_DIGEST_DIGITS = 12
 app = typer.Typer(no_args_is_help=True, help="The models that runs have made.")
 
 
@@ -35,6 +37,7 @@ def list_command(ctx: typer.Context, run: RunArgument, output: OutputOption = Ou
             metrics = (row["card"] or {}).get("metrics") or {}
             row["size"] = format_bytes(row["bytes"])
             row["accuracy"] = percent(metrics.get("accuracy"))
+            row["digest"] = row["digest"][:_DIGEST_DIGITS]
             row["best"] = "best" if row["best"] else " "
     columns = [
         Column("ROUND", "round", True), Column("BEST", "best"), Column("ACCURACY", "accuracy", True),
@@ -88,7 +91,7 @@ def list_models(admin: Admin, run: str) -> list["admin_pb2.Model"]:
 def choose_model(models: list["admin_pb2.Model"], run: str, choice: str) -> "admin_pb2.Model":
     """The model of a round: a number, "best" or "last". Raises ConfigError, NotFoundError."""
     if not (choice in ("best", "last") or choice.isdecimal()):
-        raise ConfigError(f"--round {choice}: not a round", hint="give a number, 'best' or 'last'")
+        raise UsageError(f"--round {choice}: not a round", hint="give a number, 'best' or 'last'")
     if not models:
         raise NotFoundError(f"run {run} has no model yet: no round has finished")
     if choice == "last":

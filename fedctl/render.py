@@ -29,14 +29,22 @@ OutputOption = Annotated[
 ]
 
 
+# Narrower than this a column of prose is no prose any more.
+_MIN_WRAPPED = 12
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a table: heading, the key of a row's value, and how it stands."""
+    """A column of a table: heading, the key of a row's value, and how it stands.
+
+    On a narrow terminal the columns that wrap give way first; the others are cut only when there is no room at all.
+    """
 
     heading: str
     key: str
     right: bool = False
     style: str = ""
+    wraps: bool = False
 
 
 def console(file: TextIO | None = None) -> "Console":
@@ -46,8 +54,8 @@ def console(file: TextIO | None = None) -> "Console":
     stream = file or sys.stdout
     if stream.isatty():
         return Console(file=stream, no_color="NO_COLOR" in os.environ or None, highlight=False)
-    # Tables must not be cut to 80 columns when they go to a file or a pipe.
-    return Console(file=stream, width=240, color_system=None, highlight=False)
+    # Nothing is cut or wrapped when it goes to a file or a pipe.
+    return Console(file=stream, width=10_000, color_system=None, highlight=False)
 
 
 def note(text: str) -> None:
@@ -91,7 +99,8 @@ def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) ->
             column.heading,
             justify="right" if column.right else "left",
             style=column.style or None,
-            no_wrap=column.right,
+            no_wrap=not column.wraps,
+            min_width=_MIN_WRAPPED if column.wraps else None,
         )
     for row in rows:
         table.add_row(*(plain(row.get(column.key)) for column in columns))
@@ -126,6 +135,11 @@ def plain(value: Any) -> str:
     from rich.markup import escape
 
     return escape(str(value))
+
+
+def minute(moment: str | None) -> str:
+    """A moment of `-o json` (RFC 3339, UTC) as a table has room for it: 2026-03-01 12:00Z."""
+    return f"{moment[:10]} {moment[11:16]}Z" if moment else ""
 
 
 def percent(share: float | None) -> str:

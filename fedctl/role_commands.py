@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from fedctl.admin import open_admin
-from fedctl.render import Column, Output, OutputOption, print_rows
+from fedctl.render import Column, Output, OutputOption, minute, print_rows
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,7 +17,11 @@ COLUMNS = [
     Column("OPERATOR", "operator"), Column("ROLE", "role"), Column("GRANTED", "granted_at"),
     Column("BY", "granted_by"),
 ]  # fmt: skip
-ACTION_COLUMNS = [Column("ACTION", "action"), Column("ALLOWED", "allowed"), Column("TAKES", "roles")]
+ACTION_COLUMNS = [
+    Column("ACTION", "action"),
+    Column("ALLOWED", "allowed"),
+    Column("TAKES", "roles", wraps=True),
+]
 
 OperatorArgument = Annotated[str, typer.Argument(help="Name of the operator, as in the certificate.")]
 RoleArgument = Annotated[str, typer.Argument(help="viewer, operator, auditor or owner.")]
@@ -93,4 +97,6 @@ def _show(output: Output, reply: Any) -> None:
         }
         for one in reply.grants
     ]
+    if output is Output.TABLE:
+        rows = [{**row, "granted_at": minute(row["granted_at"])} for row in rows]
     print_rows(output, "grants", rows, COLUMNS, empty="no roles")

@@ -14,7 +14,17 @@ from fedctl.asking import YesOption, agree, check_can_ask
 from fedctl.completion import RunArgument
 from fedctl.documents import plan_document, run_document
 from fedctl.durations import format_bytes, format_duration, parse_duration
-from fedctl.render import Column, Output, OutputOption, note, percent, print_json, print_object, print_rows
+from fedctl.render import (
+    Column,
+    Output,
+    OutputOption,
+    minute,
+    note,
+    percent,
+    print_json,
+    print_object,
+    print_rows,
+)
 
 if TYPE_CHECKING:
     from fedcore.v1 import admin_pb2
@@ -62,13 +72,16 @@ def list_runs(ctx: typer.Context, output: OutputOption = Output.TABLE) -> None:
             token = reply.next_page_token
     for row in rows:
         row["progress_text"] = f"{row['round']}/{row['rounds']}"
+        row["submitted_text"] = minute(row["submitted_at"])
     columns = [
         Column("RUN", "run"), Column("NAME", "name"), Column("STATE", "state"),
         Column("ROUND", "progress_text", True), Column("STRATEGY", "strategy"),
-        Column("SUBMITTED", "submitted_at"), Column("REASON", "reason"),
+        Column("SUBMITTED", "submitted_text"), Column("REASON", "reason", wraps=True),
     ]  # fmt: skip
     if output is not Output.TABLE:
-        rows = [{key: value for key, value in row.items() if key != "progress_text"} for row in rows]
+        rows = [
+            {k: v for k, v in row.items() if k not in ("progress_text", "submitted_text")} for row in rows
+        ]
     print_rows(output, "runs", rows, columns, empty="no runs; fedctl run submit PLAN.toml")
 
 
@@ -149,7 +162,10 @@ def abort(
 
 @app.command("rounds")
 def rounds(ctx: typer.Context, run: RunArgument, output: OutputOption = Output.TABLE) -> None:
-    """Show the finished rounds of a run: counts, accuracy, impressions, time, bytes."""
+    """Show the finished rounds of a run: sites, accuracy, impressions, time, bytes; and whom each round missed, and why.
+
+    SITES counts those expected / registered / started / reported / aggregated; MADE and REFUSED count impressions.
+    """
     with open_admin(ctx) as admin:
         records = list_records(admin, run)
     if output is not Output.TABLE:
@@ -157,14 +173,17 @@ def rounds(ctx: typer.Context, run: RunArgument, output: OutputOption = Output.T
         return
     columns = [
         Column("ROUND", "round", True), Column("ACCURACY", "accuracy", True),
-        Column("BALANCED", "balanced", True), Column("EXP/REG/STA/REP/AGG", "counts", True),
-        Column("GATE", "gate"), Column("IMPRESSIONS", "made", True), Column("REFUSED", "refused", True),
+        Column("BALANCED", "balanced", True), Column("SITES", "counts", True),
+        Column("GATE", "gate", wraps=True), Column("MADE", "made", True), Column("REFUSED", "refused", True),
         Column("TIME", "time", True),
-        Column("UP", "up", True), Column("DOWN", "down", True), Column("MISSING", "missing", style="yellow"),
+        Column("UP", "up", True), Column("DOWN", "down", True),
     ]  # fmt: skip
     print_rows(
         output, "rounds", [_round_row(record) for record in records], columns, empty="no finished round yet"
     )
+    for record in records:
+        for site, why in record.get("missing", {}).items():
+            print(f"round {record['round']} missed {site}: {why}")
 
 
 app.command("plan")(run_plan.plan)
@@ -256,5 +275,4 @@ def _round_row(record: dict[str, Any]) -> dict[str, Any]:
         "time": format_duration(record.get("seconds", 0.0)),
         "up": format_bytes(record.get("bytes_up", 0)),
         "down": format_bytes(record.get("bytes_down", 0)),
-        "missing": ", ".join(f"{site} ({why})" for site, why in record.get("missing", {}).items()),
     }

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedcore.errors import ConfigError
+from fedcore.errors import UsageError
 from fedctl.admin import Admin, get_run, open_admin
 from fedctl.completion import RunArgument
 from fedctl.documents import FINAL_STATES
@@ -98,7 +98,7 @@ def event_line(event: "operations_pb2.RunEvent") -> str:
 
 
 def since_moment(text: str, now: datetime) -> str:
-    """`--since` as RFC 3339: a duration before `now`, or a moment. Raises ConfigError."""
+    """`--since` as RFC 3339: a duration before `now`, or a moment. Raises UsageError."""
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
@@ -106,7 +106,7 @@ def since_moment(text: str, now: datetime) -> str:
     # Without a zone it is meant as the clock on this machine's wall says.
     moment = moment.astimezone() if moment.tzinfo is None else moment
     if moment > now:
-        raise ConfigError(
+        raise UsageError(
             f"--since {text} is yet to come", hint="give a moment that is past, or a duration: 2h"
         )
     return moment.isoformat()

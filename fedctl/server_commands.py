@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedcore.errors import CallTimeoutError, ConfigError
+from fedcore.errors import CallTimeoutError, UsageError
 from fedctl.admin import Admin, open_admin
 from fedctl.documents import drain_document, health_document
 from fedctl.durations import format_duration, parse_duration
@@ -49,7 +49,12 @@ def health(ctx: typer.Context, output: OutputOption = Output.TABLE) -> None:
             {**fact, "state": "ok" if fact["healthy"] else "DEGRADED", "name": _name(fact)}
             for fact in document["facts"]
         ]
-        columns = [Column("PART", "name"), Column("STATE", "state"), Column("", "says"), Column("DO", "hint")]
+        columns = [
+            Column("PART", "name"),
+            Column("STATE", "state"),
+            Column("", "says", wraps=True),
+            Column("DO", "hint", wraps=True),
+        ]
         print_table(rows, columns)
         bad = sum(not fact["healthy"] for fact in document["facts"])
         note("healthy" if reply.healthy else f"degraded: {bad} of {len(rows)} parts are not well")
@@ -71,7 +76,7 @@ def config(ctx: typer.Context, output: OutputOption = Output.TABLE) -> None:
     ]
     if output is Output.TABLE:
         rows = [{**row, "source": "fedserver.toml" if row["from_file"] else "default"} for row in rows]
-    columns = [Column("KEY", "key"), Column("VALUE", "value"), Column("FROM", "source")]
+    columns = [Column("KEY", "key"), Column("VALUE", "value", wraps=True), Column("FROM", "source")]
     print_rows(output, "settings", rows, columns, empty="no settings")
 
 
@@ -96,7 +101,7 @@ def drain(
     from fedcore.v1 import operations_pb2
 
     if undo and (wait or reason):
-        raise ConfigError("--undo goes with neither --wait nor --reason", hint="undo takes effect at once")
+        raise UsageError("--undo goes with neither --wait nor --reason", hint="undo takes effect at once")
     timeout_s = parse_duration(timeout) if timeout else None
     with open_admin(ctx) as admin:
         request = operations_pb2.SetDrainRequest(draining=not undo, reason=reason)

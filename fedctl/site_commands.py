@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedcore.errors import CallTimeoutError, ConfigError, ConflictError, NotFoundError
+from fedcore.errors import CallTimeoutError, ConflictError, NotFoundError, UsageError
 from fedctl.admin import Admin, open_admin
 from fedctl.asking import YesOption, agree, check_can_ask
 from fedctl.completion import SiteArgument
 from fedctl.documents import site_document
 from fedctl.durations import parse_duration
-from fedctl.render import Column, Output, OutputOption, note, print_object, print_rows
+from fedctl.render import Column, Output, OutputOption, minute, note, print_object, print_rows
 
 if TYPE_CHECKING:
     from fedcore.v1 import admin_pb2
@@ -20,9 +20,9 @@ app = typer.Typer(no_args_is_help=True, help="The sites of the federation.")
 
 COLUMNS = [
     Column("SITE", "site"), Column("CONNECTED", "connected"), Column("STANDING", "standing"),
-    Column("ACTIVITY", "doing"), Column("LAST SEEN", "last_seen"), Column("IMAGES", "num_examples", True),
-    Column("DEVICE", "device"), Column("VERSION", "software_version"),
-    Column("CERTIFICATE UNTIL", "certificate_not_after"),
+    Column("ACTIVITY", "doing", wraps=True), Column("LAST SEEN", "seen"),
+    Column("IMAGES", "num_examples", True), Column("VERSION", "software_version"),
+    Column("CERTIFICATE", "certificate"),
 ]  # fmt: skip
 # From the coordinator to the agent and back; and with the way from here to the coordinator.
 PING_COLUMNS = [
@@ -103,7 +103,7 @@ def drain(
     from fedcore.v1 import sites_pb2
 
     if timeout is not None and not wait:
-        raise ConfigError("--timeout goes with --wait only")
+        raise UsageError("--timeout goes with --wait only")
     timeout_s = parse_duration(timeout) if timeout else None
     with open_admin(ctx) as admin:
         request = sites_pb2.ChangeSiteRequest(site=site, reason=reason)
@@ -200,13 +200,25 @@ def logs(
 def print_sites(output: Output, rows: list[dict[str, Any]]) -> None:
     """Show sites as a table or as documents."""
     if output is Output.TABLE:
-        rows = [{**row, "doing": row["unavailable_reason"] or row["activity"]} for row in rows]
+        rows = [
+            {
+                **row,
+                "doing": row["unavailable_reason"] or row["activity"],
+                "seen": "now" if row["connected"] else minute(row["last_seen"]),
+                "certificate": f"to {row['certificate_not_after'][:10]}"
+                if row["certificate_not_after"]
+                else "",
+            }
+            for row in rows
+        ]
     print_rows(output, "sites", rows, COLUMNS, empty="no sites; fedctl enroll token create --site SITE")
 
 
 def _get(admin: Admin, site: str) -> "admin_pb2.Site":
     from fedcore.v1 import admin_pb2
 
+    if not site:
+        raise UsageError("an empty text is no site's name")
     reply = admin.call(lambda stub: stub.ListSites, admin_pb2.ListSitesRequest(site=site))
     if not reply.sites:
         raise NotFoundError(f"no site '{site}'", hint="fedctl site list shows the enrolled ones")

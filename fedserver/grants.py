@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from fedcore.database import Database
-from fedcore.errors import ConfigError, ConflictError
+from fedcore.errors import ConflictError, UsageError
 from fedcore.identity import Caller, is_name
 from fedserver.authorisation import ANY_OPERATOR, GRANTABLE, OWNER, SITE
 from fedserver.registry import rfc3339, utc_now
@@ -50,7 +50,7 @@ class Grants:
         return [Grant(*row) for row in rows]
 
     async def grant(self, operator: str, role: str, by: str) -> None:
-        """Give an operator a role; one that it has stays as it is. Raises ConfigError."""
+        """Give an operator a role; one that it has stays as it is. Raises UsageError."""
         check_grant(operator, role)
         now = self._clock()
         await self._database.write(lambda c: grant(c, operator, role, now, by))
@@ -58,7 +58,7 @@ class Grants:
     async def revoke(self, operator: str, role: str) -> None:
         """Take a role away; nothing happens if the operator has not got it.
 
-        Raises ConfigError, and ConflictError for the last owner, without whom nobody could grant anything.
+        Raises UsageError, and ConflictError for the last owner, without whom nobody could grant anything.
         """
         check_grant(operator, role)
 
@@ -86,12 +86,12 @@ def grant(connection: sqlite3.Connection, operator: str, role: str, now: datetim
 
 
 def check_grant(operator: str, *roles: str) -> None:
-    """Raise ConfigError unless `operator` may be an operator's name and `roles` are roles."""
+    """Raise UsageError unless `operator` may be an operator's name and `roles` are roles."""
     if not is_name(operator):
-        raise ConfigError(
+        raise UsageError(
             f"{operator!r:.80} is not an operator's name",
             hint="lower-case letters, digits, '.', '_' and '-', 63 at most, first and last a letter or digit",
         )
     for role in roles:
         if role not in GRANTABLE:
-            raise ConfigError(f"{role!r:.80} is not a role: expected {', '.join(GRANTABLE)}")
+            raise UsageError(f"{role!r:.80} is not a role: expected {', '.join(GRANTABLE)}")

@@ -31,7 +31,10 @@ def run_message(view: RunView, roster: Roster, waiting: str) -> admin_pb2.Run:
         phase=_phase(state),
         phase_since=timestamp(view.stage_since_wall),
         reason=waiting or _computing(view.compute) or state.reason,
-        progress=[_site_progress(state, site, roster.sessions.get(site)) for site in state.sites],
+        progress=[
+            _site_progress(state, site, roster.sessions.get(site))
+            for site in (() if state.status.final else state.sites)
+        ],
         submitted_at=submission.submitted_at,
         finished_at=timestamp(state.finished_at),
         missed=[admin_pb2.MissedRound(round=n, sites=sites) for n, sites in sorted(state.missed.items())],

@@ -18,7 +18,7 @@ from cryptography import x509
 
 from fedcore.database import Database
 from fedcore.enrollment_token import EnrollmentToken
-from fedcore.errors import ConfigError, TokenError
+from fedcore.errors import TokenError, UsageError
 from fedcore.identity import Subject, is_name
 from fedcore.pki import public_key_of_request
 from fedserver.authority import Authority
@@ -77,10 +77,10 @@ class Tokens:
     async def create(self, site: str, ttl_s: float, created_by: str = "") -> NewToken:
         """Make a token for `site` that ends after `ttl_s` seconds.
 
-        Raises ConfigError for a name or a lifetime that is not allowed.
+        Raises UsageError for a name or a lifetime that is not allowed.
         """
         if not is_name(site):
-            raise ConfigError(
+            raise UsageError(
                 f"{site!r:.80} is not a site name",
                 hint="lower-case letters, digits, '.', '_' and '-', 63 at most, first and last a letter or digit",
             )
@@ -91,7 +91,7 @@ class Tokens:
     ) -> NewToken:
         """Make a token for an operator, and grant the operator `roles`, in one transaction.
 
-        Raises ConfigError for a name, a lifetime or a role that is not allowed; nothing is granted then.
+        Raises UsageError for a name, a lifetime or a role that is not allowed; nothing is granted then.
         """
         check_grant(operator, *roles)
         return await self._create("operator", operator, ttl_s, created_by, roles)
@@ -100,8 +100,8 @@ class Tokens:
         self, role: str, name: str, ttl_s: float, created_by: str, roles: Sequence[str]
     ) -> NewToken:
         if not 0 < ttl_s <= MAX_TTL_S:
-            raise ConfigError(
-                f"token lifetime of {ttl_s:g} s: expected above 0, at most {MAX_TTL_S:g} s (7 days)"
+            raise UsageError(
+                f"token lifetime of {ttl_s:.10g} s: expected above 0, at most {MAX_TTL_S:g} s (7 days)"
             )
         now = self._clock()
         token = EnrollmentToken(

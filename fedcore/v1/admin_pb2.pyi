@@ -506,7 +506,9 @@ class Run(_message.Message):
     @_builtins.property
     def sites(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
-    def progress(self) -> _containers.RepeatedCompositeFieldContainer[Global___SiteProgress]: ...
+    def progress(self) -> _containers.RepeatedCompositeFieldContainer[Global___SiteProgress]:
+        """Empty when the run is over."""
+
     @_builtins.property
     def missed(self) -> _containers.RepeatedCompositeFieldContainer[Global___MissedRound]:
         """Rounds that missed an expected site."""

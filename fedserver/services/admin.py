@@ -181,8 +181,11 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         note(f"run/{request.run}")
         view = self._driver.view(request.run)
         note(f"run/{view.state.run}")
+        _check_not_over(view, "pause")
         if view.state.status is Status.QUEUED:
             raise ConflictError(f"run {view.state.run} is queued; there is nothing to pause yet")
+        if view.state.pause_requested:
+            raise ConflictError(f"run {view.state.run} is paused already, or will be after this round")
         await self._driver.post(
             view.state.run, ev.PauseRequested(at=self._driver.wall(), by=caller_of(context).id)
         )
@@ -195,6 +198,9 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         note(f"run/{request.run}")
         view = self._driver.view(request.run)
         note(f"run/{view.state.run}")
+        _check_not_over(view, "resume")
+        if not view.state.pause_requested:
+            raise ConflictError(f"run {view.state.run} is not paused: it is {view.state.status}")
         await self._driver.post(
             view.state.run, ev.ResumeRequested(at=self._driver.wall(), by=caller_of(context).id)
         )
@@ -208,6 +214,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         note(f"run/{request.run}", reason=why)
         view = self._driver.view(request.run)
         note(f"run/{view.state.run}")
+        _check_not_over(view, "abort")
         reason = f"aborted by {caller_of(context).id}" + (f": {why}" if why else "")
         event = ev.RunFinished(at=self._driver.wall(), status="ABORTED", reason=reason)
         await self._driver.post(view.state.run, event)
@@ -312,6 +319,12 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         states = [view.state for view in self._driver.views()]
         rows = self._registry.sites(removed=removed)
         return [site_message(row, self._roster, states) for row in rows]
+
+
+def _check_not_over(view: RunView, what: str) -> None:
+    state = view.state
+    if state.status.final:
+        raise ConflictError(f"run {state.run} is over ({state.status}): there is nothing to {what}")
 
 
 def _check_submission(request: admin_pb2.SubmitRunRequest) -> None:

@@ -136,7 +136,7 @@ def test_roles_are_granted_taken_and_recorded(lab: Federation, run: str) -> None
     lab.ctl("role", "revoke", "vera", "viewer")
     as_(lab, "vera", "status", expect=4)
     assert lab.ctl("role", "revoke", "admin", "owner", expect=7).err.count("only owner") == 1
-    lab.ctl("role", "grant", "vera", "nonsense", expect=78)
+    lab.ctl("role", "grant", "vera", "nonsense", expect=2)
     said = [(one["action"], one["result"]) for one in records(lab, "--actor", "operator/vera")]
     assert ("status.read", "permission_denied") in said
     assert ("role.grant", "permission_denied") in said

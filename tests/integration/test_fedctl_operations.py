@@ -120,13 +120,16 @@ def test_a_run_that_waits_is_shown_paused_resumed_and_aborted(lab: Lab) -> None:
     lab.ok("run", "pause", run)
     assert lab.reaches(run, "PAUSED"), "once what was under way has ended"
     assert lab.ok("run", "resume", run)["state"] in ("WAITING", "RUNNING", "QUEUED")
+    again = lab.fedctl("run", "resume", run)
+    assert (again.returncode, f"run {run} is not paused" in again.stderr) == (7, True)
     refused = lab.fedctl("run", "abort", run)
-    assert refused.returncode == 78
+    assert refused.returncode == 2
     assert "--yes" in refused.stderr
     assert lab.ok("run", "abort", run, "--yes", "--reason", "enough")["state"] == "ABORTED"
     ended = lab.fedctl("run", "wait", run, "-o", "json")
     assert ended.returncode == 1
-    assert json.loads(ended.stdout)["state"] == "ABORTED"
+    over = json.loads(ended.stdout)
+    assert (over["state"], over["progress"]) == ("ABORTED", []), "nobody works for it any more"
     assert lab.ok("run", "rounds", run) == {"rounds": []}
     assert run in [row["run"] for row in lab.ok("run", "list")["runs"]]
 
@@ -136,7 +139,8 @@ def test_what_is_not_there_is_6_what_contradicts_is_7(lab: Lab) -> None:
     lab.ok("run", "abort", run, "--yes")
     assert lab.fedctl("run", "show", "nothing-such").returncode == 6
     assert lab.fedctl("model", "download", run).returncode == 6
-    assert lab.fedctl("run", "pause", run).returncode == 7
+    over = lab.fedctl("run", "pause", run)
+    assert (over.returncode, "is over (ABORTED): there is nothing to pause" in over.stderr) == (7, True)
     bad = lab.root / "bad.toml"
     bad.write_text("colour = 1\n" + PLAN)
     refused = lab.fedctl("run", "submit", str(bad))

@@ -15,6 +15,7 @@ from fedcore.errors import ConfigError, ConflictError, NotFoundError, Permission
 from fedcore.status import exit_code_of
 from fedctl import following
 from fedctl.app import app
+from fedctl.render import Column, Output, minute, print_rows
 from fedserver.strategies import BUILT_IN
 
 PLAN = """
@@ -122,7 +123,7 @@ def test_run_list_and_rounds(lab, make_run, make_record) -> None:
     assert run_ok("run", "rounds", "blood") == {"rounds": lab.script.records}
     text = table("run", "rounds", "blood")
     assert "2/2/2/1/1" in text
-    assert "site-2 (no connection)" in text
+    assert "round 1 missed site-2: no connection" in text
     assert "2.0 KiB" in text
 
 
@@ -284,6 +285,18 @@ def test_the_program_maps_errors_to_two_lines_and_the_exit_code(lab) -> None:
         "error[permission_denied]: this is not for sites",
         "hint: use an operator's credential",
     ]
+
+
+def test_off_a_terminal_nothing_is_cut_or_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
+    columns = [Column("A", "a"), Column("B", "b", wraps=True)]
+    print_rows(Output.TABLE, "rows", [{"a": "a" * 300, "b": "word " * 200 + "end"}], columns, empty="")
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "word" in line)
+    assert line.split() == ["a" * 300, *["word"] * 200, "end"]
+
+
+def test_moments_in_tables_are_short_and_say_that_they_are_utc() -> None:
+    assert minute("2026-03-01T12:34:56.123456Z") == "2026-03-01 12:34Z"
+    assert minute(None) == ""
 
 
 def test_wrong_usage_is_2_bad_settings_are_78(lab) -> None:
