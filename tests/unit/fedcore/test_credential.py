@@ -17,9 +17,6 @@ from fedcore.errors import ConfigError, ConflictError, IdentityError, TokenError
 from fedcore.identity import Subject
 from fedcore.pki import certificates_to_pem, key_to_pem, make_issuing_ca, make_leaf, make_root, new_key
 
-# isort: split
-import grpc
-
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 ROOT = make_root("lab", NOW)
 ISSUING = make_issuing_ca(ROOT, "lab", NOW)
@@ -157,9 +154,10 @@ def test_the_environments_proxy_sees_no_connection(tmp_path, monkeypatch):
         dialled = f"127.0.0.1:{there.getsockname()[1]}"
         for configured, expected in ((None, there), (address, proxy)):
             with open_enrollment_channel(dialled, ca_pem, proxy=configured) as channel:
-                ready = grpc.channel_ready_future(channel)
+                # A call dials; watching the channel would leave a thread behind that minds its being closed.
+                call = channel.unary_unary("/nobody/Answers").future(b"", timeout=60, wait_for_ready=True)
                 expected.accept()[0].close()
-                ready.cancel()
+                call.cancel()
         proxy.settimeout(0)
         with pytest.raises(BlockingIOError):
             for _ in range(9):
