@@ -14,6 +14,7 @@ import structlog
 from fedagent import agent_machine as machine
 from fedagent.agent_machine import AgentState, Begin, Task, Withdraw
 from fedagent.audit import ControlBytes, SiteAudit
+from fedagent.federation_stub import federation_stub
 from fedagent.gate import SiteGate
 from fedagent.purging import Purging
 from fedagent.shared_log import SharedLog
@@ -85,7 +86,7 @@ class AgentDriver:
         """The Federation service over the present connection. Raises UnreachableError while there is none."""
         if self._channel is None:
             raise UnreachableError("not connected to the coordinator")
-        return federation_pb2_grpc.FederationStub(self._channel)
+        return federation_stub(self._channel)
 
     def certificates(self) -> "certificates_pb2_grpc.CertificatesAsyncStub":
         """The Certificates service, as `stub`."""

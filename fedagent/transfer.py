@@ -26,6 +26,7 @@ from fedcore.errors import (
     TruncatedStreamError,
     UnreachableError,
 )
+from fedcore.raw_chunks import RawChunk
 from fedcore.status import from_rpc_error
 from fedcore.tensor_file import read_manifest
 from fedcore.tensor_stream import TensorSink, manifest_from_proto, manifest_to_proto, read_payload
@@ -182,18 +183,15 @@ class Transfers:
         )
         sent = 0
 
-        async def parts() -> AsyncIterator[federation_pb2.DeliverPart]:
+        async def parts() -> AsyncIterator[Any]:
             nonlocal sent
             yield federation_pb2.DeliverPart(header=header)
             offset = known.offset
             chunks = read_payload(path, start, offset)
             while (data := await asyncio.to_thread(next, chunks, None)) is not None:
-                # Filled in place: a chunk given to the constructor would be copied once more.
-                part = federation_pb2.DeliverPart()
-                part.chunk.offset, part.chunk.data = offset, data
                 await self._throttle.passed(len(data))
                 sent += len(data)
-                yield part
+                yield RawChunk(offset, data)
                 offset += len(data)
                 moved(offset, manifest.payload_bytes)
 

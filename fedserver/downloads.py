@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fedcore.errors import TransferError
+from fedcore.raw_chunks import RawChunk
 from fedcore.tensor_file import read_manifest
 from fedcore.tensor_stream import manifest_to_proto, read_payload
 from fedcore.v1 import tensor_pb2
@@ -14,7 +15,7 @@ from fedserver.turns import Turns
 
 async def stream_artifact(
     path: Path, digest: str, offset: int, pool: ThreadPoolExecutor, turns: Turns
-) -> AsyncIterator[tensor_pb2.ArtifactPart]:
+) -> AsyncIterator[tensor_pb2.ArtifactPart | RawChunk]:
     """Yield the manifest, then the payload from `offset`. Raises TransferError if `offset` lies outside it."""
     manifest, start = read_manifest(path)
     if not 0 <= offset <= manifest.payload_bytes:
@@ -25,9 +26,5 @@ async def stream_artifact(
     while offset < manifest.payload_bytes:
         async with turns.turn():
             data = await loop.run_in_executor(pool, next, chunks)
-            part = (
-                tensor_pb2.ArtifactPart()
-            )  # filled in place: a chunk given to the constructor would be copied once more
-            part.chunk.offset, part.chunk.data = offset, data
-            yield part
+            yield RawChunk(offset, data)
         offset += len(data)

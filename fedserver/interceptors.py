@@ -20,6 +20,7 @@ import structlog
 from fedcore import tls as _tls  # noqa: F401 - before grpc
 from fedcore.errors import FedimpresError, HeldError, InternalError, ProtocolError
 from fedcore.identity import Caller, caller_from_auth_context, check_not_ended
+from fedcore.raw_chunks import accepting_raw_chunks
 from fedcore.status import to_status
 from fedserver.authorisation import authorise, is_public
 from fedserver.call_audit import CallAudit, CallRecord
@@ -97,7 +98,8 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         lasting = bool(handler.request_streaming or handler.response_streaming)
         wrap = self._streaming if handler.response_streaming else partial(self._unary, lasting=lasting)
         make: Callable[..., grpc.RpcMethodHandler[Any, Any]] = getattr(grpc, f"{kind}_rpc_method_handler")
-        return make(wrap(method, behaviour), handler.request_deserializer, handler.response_serializer)
+        serialise = accepting_raw_chunks(handler.response_serializer)
+        return make(wrap(method, behaviour), handler.request_deserializer, serialise)
 
     def _unary(self, method: str, behaviour: Handler, *, lasting: bool) -> Handler:
         async def call(request: Any, context: Any) -> Any:

@@ -240,7 +240,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     async def Download(  # noqa: N802
         self, request: admin_pb2.DownloadRequest, context: Any
-    ) -> AsyncIterator[tensor_pb2.ArtifactPart]:
+    ) -> AsyncIterator[Any]:
         """Stream a model of a finished round, or one that a run started from; impressions, to those who may see them."""
         note(f"artifact/{request.digest}", offset=request.offset)
         states = [view.state for view in self._driver.views()]

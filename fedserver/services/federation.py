@@ -20,9 +20,10 @@ from fedcore.errors import (
     TransferError,
 )
 from fedcore.protocol import PROTOCOL, SESSION_KEY, check_version
+from fedcore.raw_chunks import RawChunk
 from fedcore.term import term_to_proto
 from fedcore.text import printable
-from fedcore.v1 import federation_pb2, federation_pb2_grpc, tensor_pb2
+from fedcore.v1 import federation_pb2, federation_pb2_grpc
 from fedcore.version import software_version
 from fedserver import round_events as ev
 from fedserver.audit_exchange import AuditExchange
@@ -200,7 +201,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
 
     async def Fetch(  # noqa: N802
         self, request: federation_pb2.FetchRequest, context: Any
-    ) -> AsyncIterator[tensor_pb2.ArtifactPart]:
+    ) -> AsyncIterator[Any]:
         """Stream a model, impressions or strategy's state that the site's present work needs."""
         site = self._admitted(context)
         note(f"artifact/{request.digest}", offset=request.offset)
@@ -208,9 +209,9 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         sent = 0
         async for part in stream_artifact(path, request.digest, request.offset, self._pool, self._turns):
             yield part
-            if part.WhichOneof("part") == "chunk":
-                self._driver.count_down(len(part.chunk.data))
-                note(bytes=(sent := sent + len(part.chunk.data)))
+            if isinstance(part, RawChunk):
+                self._driver.count_down(len(part.data))
+                note(bytes=(sent := sent + len(part.data)))
                 self._roster.progressed(site)
 
     async def DeliveryOffset(  # noqa: N802

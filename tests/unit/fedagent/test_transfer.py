@@ -10,6 +10,7 @@ import pytest
 
 from fedagent import transfer
 from fedagent.audit import Purpose, SiteAudit, open_site_audit
+from fedagent.federation_stub import federation_stub
 from fedagent.transfer import Transfers, load_record, save_record
 from fedcore.artifact_store import ArtifactStore
 from fedcore.audit import verify
@@ -125,7 +126,7 @@ async def connected(case: Case) -> AsyncIterator[Transfers]:
         async with grpc.aio.insecure_channel(
             f"127.0.0.1:{port}", options=[("grpc.enable_http_proxy", 0)]
         ) as channel:
-            case.stub = federation_pb2_grpc.FederationStub(channel)
+            case.stub = federation_stub(channel)
             yield case.transfers()
     finally:
         await server.stop(0)
