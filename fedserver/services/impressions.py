@@ -12,7 +12,7 @@ from fedcore.artifact_store import ArtifactStore
 from fedcore.errors import ConflictError, NotFoundError, ProtocolError, StorageError
 from fedcore.tensor_file import read_manifest
 from fedcore.text import printable
-from fedcore.v1 import impressions_pb2, impressions_pb2_grpc, tensor_pb2
+from fedcore.v1 import impressions_pb2, impressions_pb2_grpc
 from fedserver import round_events as ev
 from fedserver.bank_messages import bank_message, later_banks, with_findings
 from fedserver.call_audit import note
@@ -72,7 +72,7 @@ class ImpressionsService(impressions_pb2_grpc.ImpressionsServicer):
 
     async def PreviewImpressions(  # noqa: N802
         self, request: impressions_pb2.PreviewImpressionsRequest, context: Any
-    ) -> AsyncIterator[tensor_pb2.ArtifactPart]:
+    ) -> AsyncIterator[Any]:
         """Stream a bank to those who may see it."""
         note(f"run/{request.run}", round=request.round, offset=request.offset)
         state, number = self._bank(request.run, request.round)
