@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Makes what install.sh installs without a network: one archive with every wheel, the units, the scripts and the docs.
 #
-#   bundle.sh cpu             dist/fedimpres-VERSION-linux-x86_64-cpu.tar.gz
+#   bundle.sh cpu [FOLDER]    fedimpres-VERSION-linux-x86_64-cpu.tar.gz in FOLDER (dist)
 #   bundle.sh cuda-manifest   deploy/cuda-requirements.txt: every wheel of the CUDA bundle, by version and SHA-256
-#   bundle.sh cuda            dist/fedimpres-VERSION-linux-x86_64-cuda.tar.gz, of exactly these wheels (several GB)
+#   bundle.sh cuda [FOLDER]   fedimpres-VERSION-linux-x86_64-cuda.tar.gz, of exactly these wheels (several GB)
 #   bundle.sh wheel FOLDER    this checkout's own wheel alone
 #
 # PYTHON names the interpreter (with pip); the bundle installs with the same minor version. pip's own settings say where
@@ -49,7 +49,7 @@ lock() { # FOLDER
 
 pack() { # what lies in $BUNDLE/wheels
     local name archive
-    name=$(basename "$BUNDLE") archive=$TOP/dist/$name.tar.gz
+    name=$(basename "$BUNDLE") archive=$FOLDER/$name.tar.gz
     lock "$BUNDLE/wheels" >"$BUNDLE/requirements.txt"
     echo "$VERSION" >"$BUNDLE/VERSION"
     "$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])' >"$BUNDLE/PYTHON"
@@ -58,13 +58,13 @@ pack() { # what lies in $BUNDLE/wheels
     rm -rf "$BUNDLE/docs/results" "$BUNDLE/docs/results.json" "$BUNDLE/deploy/bundle.sh"
     ln -s deploy/install.sh "$BUNDLE/install.sh"
     (cd "$BUNDLE" && find . -type f ! -path ./SHA256SUMS -print0 | sort -z | xargs -0 sha256sum >SHA256SUMS)
-    mkdir -p "$TOP/dist"
+    mkdir -p "$FOLDER"
     # Level 0: wheels are compressed already.
     tar -C "$WORK" --sort=name --mtime="@$SOURCE_DATE_EPOCH" --owner=0 --group=0 --numeric-owner -cf - "$name" |
         "$PYTHON" -c 'import gzip, shutil, sys
 with gzip.GzipFile("", "wb", 0, sys.stdout.buffer, 0) as file: shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)' >"$archive.part"
     mv "$archive.part" "$archive"
-    (cd "$TOP/dist" && sha256sum "$name.tar.gz" | tee "$name.tar.gz.sha256")
+    (cd "$FOLDER" && sha256sum "$name.tar.gz" | tee "$name.tar.gz.sha256")
     echo "$archive ($(du -h "$archive" | cut -f 1))"
 }
 
@@ -111,10 +111,11 @@ WORK=$(mktemp -d "${TMPDIR:-/tmp}/fedimpres-bundle.XXXXXX")
 trap 'rm -rf "$WORK"' EXIT
 VERSION=$(sed -n 's/^version = "\(.*\)"$/\1/p' "$TOP/pyproject.toml")
 BUNDLE=$WORK/fedimpres-$VERSION-linux-x86_64-${1:-}
+FOLDER=$(realpath -m -- "${2:-$TOP/dist}")
 case ${1:-} in
 cpu) bundle_cpu ;;
 cuda) bundle_cuda ;;
 cuda-manifest) cuda_manifest ;;
-wheel) own_wheel "$(realpath -- "${2:?bundle.sh wheel FOLDER}")" ;;
+wheel) own_wheel "$FOLDER" ;;
 *) die "what to make? cpu, cuda, cuda-manifest, or wheel FOLDER" ;;
 esac

@@ -202,8 +202,10 @@ build_release() {
     "$PYTHON" -m venv "$STAGING"
     if [ "$kind" = bundle ]; then install_from_bundle; else install_from_checkout; fi
     cp -R "$HERE" "$STAGING/deploy"  # its files are root's, whoever owns these
-    "$STAGING/bin/python" -I -c 'import torch, fedserver.cli, fedagent.cli, fedctl.app' ||
+    if ! "$STAGING/bin/python" -I -m pip --disable-pip-version-check check ||
+        ! "$STAGING/bin/python" -I -c 'import torch, fedserver.cli, fedagent.cli, fedctl.app'; then
         die "what was installed does not run on this machine; nothing was changed"
+    fi
     # The folder gets its name only now; scripts name the interpreter as it will be called.
     "$STAGING/bin/python" -I - "$STAGING" "/opt/fedimpres/releases/$RELEASE" <<'END'
 import pathlib, sys

@@ -25,7 +25,7 @@ from tests.systemd_analyze import MOST_EXPOSED, exposure_in
 
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(bool(why_not()), reason=why_not()),
 ]
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ class Lab:
         return self.machines["coordinator"]
 
     def install(self, machine: Machine, *words: str) -> str:
-        return machine.do(f"{self.bundle}/install.sh", *words, timeout_s=600).out
+        return machine.do(f"{self.bundle}/install.sh", *words, timeout_s=1800).out
 
     def ctl(self, *words: str, timeout_s: float = 60) -> str:
         """`fedctl` on the coordinator's machine, as root."""
@@ -88,24 +88,26 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     python = f"/usr/bin/python{sys.version_info.major}.{sys.version_info.minor}"
     usable = subprocess.run(
         ["sh", "-c", f"{python} -c 'import venv, ensurepip'"], capture_output=True, check=False
     )
     if usable.returncode:
         pytest.skip(f"the machines have no {python} with venv, for which the bundle would be made")
+    folder = tmp_path_factory.mktemp("bundle")
     made = subprocess.run(
-        [ROOT / "deploy" / "bundle.sh", "cpu"],
+        [ROOT / "deploy" / "bundle.sh", "cpu", folder],
         env={**os.environ, "PYTHON": sys.executable},
         capture_output=True,
         text=True,
         check=False,
     )
     assert made.returncode == 0, made.stderr
-    archive = Path(made.stdout.splitlines()[-1].split(" ")[0])
+    (archive,) = folder.glob("*.tar.gz")
     with machines("coordinator", "direct", "proxied") as (shared, running):
         subprocess.run(["tar", "-xzf", archive, "-C", shared, "--no-same-owner"], check=True)
+        archive.unlink()
         shutil.copy(ROOT / "tests" / "connect_proxy.py", shared)
         sites = ("here", "direct", "proxied")
         dealt = load_benchmark("digits", None, sites=len(sites), alpha=0.5, seed=1)
