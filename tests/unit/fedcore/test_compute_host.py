@@ -194,8 +194,11 @@ def test_death_in_the_middle_of_a_line_is_a_death(host: ComputeHost) -> None:
 
 @pytest.mark.parametrize(("command", "survives"), [("obedient", True), ("deaf", False)])
 def test_a_withdrawn_command_frees_the_device_at_once(
-    host: ComputeHost, command: str, survives: bool
+    host: ComputeHost, command: str, survives: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not survives:  # no need to wait for it
+        monkeypatch.setattr("fedcore.compute_host._CANCEL_GRACE_S", 0.2)
+
     async def story() -> None:
         before = (await host.run("echo", {}))["pid"]
         begun = asyncio.Event()
@@ -211,8 +214,11 @@ def test_a_withdrawn_command_frees_the_device_at_once(
     go(host, story())
 
 
-def test_cancelling_again_and_again_leaves_the_pipe_in_order(host: ComputeHost) -> None:
+def test_cancelling_again_and_again_leaves_the_pipe_in_order(
+    host: ComputeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The coordinator's loop may withdraw the same command at every tick."""
+    monkeypatch.setattr("fedcore.compute_host._CANCEL_GRACE_S", 0.5)
 
     async def story() -> None:
         begun = asyncio.Event()

@@ -16,7 +16,7 @@ def federation() -> Federation:
     return load_benchmark("digits", sites=3, alpha=0.1, seed=0, max_train=150)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_plan(federation: Federation) -> MakePlan:
     def make(**over: Any) -> Plan:
         document: dict[str, Any] = {

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,14 +180,20 @@ def test_principal_plane_by_hand() -> None:
     assert shares == (0.0, 0.0)
 
 
-@pytest.fixture
-def run_folder(federation: Federation, make_plan: MakePlan, tmp_path: Path) -> Path:
-    """A folder of results with one real run that made impressions in two rounds."""
-    folder = tmp_path / "runs" / "real"
+@pytest.fixture(scope="module")
+def real_run(federation: Federation, make_plan: MakePlan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One real run that made impressions in two rounds."""
+    folder = tmp_path_factory.mktemp("pictures") / "real"
     eager = {"worth_remembering": 0, "gate": False}
     result = fedsim.run(make_plan(strategy="fedimpres", strategy_options=eager), federation, out=folder)
     write_projection(result, federation, folder)
     return folder
+
+
+@pytest.fixture
+def run_folder(real_run: Path, tmp_path: Path) -> Path:
+    """A folder of results with that run, to be changed."""
+    return Path(shutil.copytree(real_run, tmp_path / "runs" / "real"))
 
 
 def real_line(folder: Path) -> Line:
