@@ -119,6 +119,7 @@ CALLS: dict[str, CallPolicy] = {
     # The model is built to find its size, once the compute process is free.
     "/fedcore.v1.Operations/CheckPlan": CallPolicy(60.0, idempotent=True),
     "/fedcore.v1.Operations/WatchEvents": _WATCH,
+    "/fedcore.v1.Operations/CollectBundle": CallPolicy(120.0),
     "/fedcore.v1.Impressions/ListImpressions": CallPolicy(30.0, idempotent=True),
     "/fedcore.v1.Impressions/GetImpressions": CallPolicy(30.0, idempotent=True),
     "/fedcore.v1.Impressions/PreviewImpressions": _TRANSFER,

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from collections import deque
@@ -17,10 +18,13 @@ from typing import Any
 import structlog
 
 from fedcore.errors import BY_CODE, ComputeError
+from fedcore.process_state import handles_signal
 from fedcore.text import wire_value
 
 _LINE_LIMIT_BYTES = 64 << 20
 _LAST_WORDS = 15
+_DUMP_S = 3.0
+_DUMP_PAUSE_S = 0.2
 _CANCEL_GRACE_S = 2.0
 
 Progress = Callable[[dict[str, Any]], None]
@@ -38,6 +42,8 @@ class ComputeHost:
         self._last_words: deque[str] = deque(maxlen=_LAST_WORDS)
         self._stderr_done: asyncio.Task[None] | None = None
         self._next_id = 0
+        # Lines of stderr since a dump of its threads was asked for; None while none was.
+        self._dumped: list[str] | None = None
         self.busy_with: str | None = None
         self._heard_at = 0.0
 
@@ -84,6 +90,33 @@ class ComputeHost:
             finally:
                 self.busy_with = None
 
+    async def dump_threads(self) -> str:
+        """Where the process's threads stand, or why that is not known, in words. What it computes goes on.
+
+        The handler is C's own: a process that is stuck in a library answers as well, a stopped one does not.
+        """
+        pid = self.pid
+        if pid is None:
+            return "no compute process runs\n"
+        if not handles_signal(pid, signal.SIGUSR1):  # else the signal would end it
+            return f"compute process {pid} is still starting\n"
+        if self._dumped is not None:
+            return "somebody else asks for it at this moment\n"
+        self._dumped = []
+        try:
+            os.kill(pid, signal.SIGUSR1)
+            told, waited_s = -1, 0.0
+            # The dump has no end mark: it is whole once nothing follows for a moment.
+            while waited_s < _DUMP_S and (not self._dumped or len(self._dumped) > told):
+                told = len(self._dumped)
+                await asyncio.sleep(_DUMP_PAUSE_S)
+                waited_s += _DUMP_PAUSE_S
+            return "".join(f"{line}\n" for line in self._dumped) or f"no answer within {_DUMP_S:g} s\n"
+        except ProcessLookupError:
+            return "the compute process has just ended\n"
+        finally:
+            self._dumped = None
+
     async def close(self) -> None:
         """End the process: close its stdin, then kill it if it lingers."""
         process = self._process
@@ -119,6 +152,9 @@ class ComputeHost:
         with contextlib.suppress(ValueError):  # a line beyond the limit
             async for line in process.stderr:
                 text = line.decode(errors="replace").rstrip()
+                if self._dumped is not None:
+                    self._dumped.append(text)
+                    continue
                 self._last_words.append(text)
                 log.info("compute says", module=self._module, line=text)
 

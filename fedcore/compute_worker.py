@@ -9,9 +9,11 @@ The end of stdin ends the process at once, whatever it computes: nothing outlive
 print to stdout goes to stderr, so that it can't break the protocol.
 """
 
+import faulthandler
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -55,7 +57,8 @@ Handler = Callable[[dict[str, Any], Job], dict[str, Any]]
 
 
 def serve(handlers: Mapping[str, Handler]) -> None:
-    """Answer commands until stdin ends."""
+    """Answer commands until stdin ends. SIGUSR1 has the stacks of all threads written to stderr, whatever they do."""
+    faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     worker = _Worker(handlers, out)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -110,6 +111,28 @@ def drain(
             note(f"waiting for {state.under_way}")
             state = _wait_quiet(admin, timeout_s)
     document = drain_document(state)
+    print_object(output, document, list(document.items()))
+
+
+@app.command("debug-bundle")
+def debug_bundle(
+    ctx: typer.Context,
+    out: Annotated[
+        Path, typer.Option("--out", help="Archive to write, FILE.tar.gz; must not exist.", dir_okay=False)
+    ],
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Collect what helps to find a fault: versions, configuration, health, log, threads, database, runs, sites.
+
+    No key, token, passphrase, image or impression is in it, but names of sites and operators are. Takes the role owner.
+    """
+    from fedcore.v1 import operations_pb2
+    from fedctl.bundle_file import write_bundle
+
+    with open_admin(ctx) as admin:
+        parts = admin.stream(lambda _: admin.operations.CollectBundle, operations_pb2.CollectBundleRequest())
+        names = write_bundle(out, parts)
+    document = {"path": str(out), "bytes": out.stat().st_size, "files": names}
     print_object(output, document, list(document.items()))
 
 

@@ -46,6 +46,7 @@ from fedserver.certificates import Certificates
 from fedserver.checks import load_home
 from fedserver.compute_work import ComputeWork
 from fedserver.config import ServerConfig, ServerHome
+from fedserver.debug_bundle import DebugBundle, Examined
 from fedserver.deliveries import Deliveries
 from fedserver.dry_run import DryRun
 from fedserver.enrollment_requests import EnrollmentRequests
@@ -54,6 +55,7 @@ from fedserver.health_facts import HealthFacts, Watched
 from fedserver.interceptors import edge_interceptors
 from fedserver.journal import Journal
 from fedserver.limits import Limits
+from fedserver.log_tail import LogTail
 from fedserver.own_certificate import OwnCertificate
 from fedserver.registry import Registry
 from fedserver.retention import sweep
@@ -114,6 +116,7 @@ class Coordinator:
     work: ComputeWork
     health: HealthService
     facts: HealthFacts
+    log_tail: LogTail
     pool: ThreadPoolExecutor
     turns: Turns
 
@@ -122,17 +125,20 @@ def run(home: Path, lifeline: int | None) -> int:
     """Serve until SIGTERM, SIGINT or the end of the lifeline. Returns the exit code. Raises FedimpresError."""
     places = ServerHome(home)
     config = load_home(home)
-    configure_logs(config.log_level)
+    log_tail = LogTail()
+    configure_logs(config.log_level, keep=log_tail)
     use_one_malloc_arena()
     with HomeLock(places.lock):
         database = open_database(places.database, MIGRATIONS)
         try:
-            return asyncio.run(_serve(places, config, database, lifeline))
+            return asyncio.run(_serve(places, config, database, lifeline, log_tail))
         finally:
             database.close()
 
 
-async def _serve(places: ServerHome, config: ServerConfig, database: Database, lifeline: int | None) -> int:
+async def _serve(
+    places: ServerHome, config: ServerConfig, database: Database, lifeline: int | None, log_tail: LogTail
+) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -140,7 +146,7 @@ async def _serve(places: ServerHome, config: ServerConfig, database: Database, l
     if lifeline is not None:
         lifelines.watch(lifeline, lambda: loop.call_soon_threadsafe(stop.set))
     manager = ServiceManager.from_environment()
-    parts = _assemble(places, config, database)
+    parts = _assemble(places, config, database, log_tail)
     parts.driver.recover()
     sweep(parts.store, [view.state for view in parts.driver.views()])
     await parts.own.prepare()
@@ -192,7 +198,7 @@ async def _drive(parts: Coordinator, manager: ServiceManager) -> None:
     await parts.driver.serve()
 
 
-def _assemble(places: ServerHome, config: ServerConfig, database: Database) -> Coordinator:
+def _assemble(places: ServerHome, config: ServerConfig, database: Database, log_tail: LogTail) -> Coordinator:
     clock = SystemClock()
     store = ArtifactStore(places.artifacts)
     roster = Roster(clock, config.admission.max_agents)
@@ -242,6 +248,7 @@ def _assemble(places: ServerHome, config: ServerConfig, database: Database) -> C
         work,
         health,
         facts,
+        log_tail,
         pool,
         turns,
     )
@@ -328,11 +335,7 @@ async def _start_servers(
     sites_pb2_grpc.add_SitesServicer_to_server(sites, main)
     membership_pb2_grpc.add_MembershipServicer_to_server(MembershipService(tokens, requests), main)
     audit_pb2_grpc.add_AuditServicer_to_server(AuditService(parts.audit, parts.grants), main)
-    journal = Journal(database)
-    dry_run = DryRun(
-        driver, parts.roster, parts.registry, journal, parts.work, parts.store, config.heartbeat_interval_s
-    )
-    operations = OperationsService(config, driver, journal, parts.facts, dry_run)
+    operations = _operations(parts, places, database)
     operations_pb2_grpc.add_OperationsServicer_to_server(operations, main)
     impressions_pb2_grpc.add_ImpressionsServicer_to_server(impressions, main)
     backup = BackupService(places, config.name, parts.store, parts.pool, parts.turns)
@@ -351,6 +354,20 @@ async def _start_servers(
     for service in _SERVICES:
         parts.health.set(f"fedcore.v1.{service}", False)  # true once runs are driven
     return main, enrolling
+
+
+def _operations(parts: Coordinator, places: ServerHome, database: Database) -> OperationsService:
+    config, driver, journal = parts.config, parts.driver, Journal(database)
+    dry_run = DryRun(
+        driver, parts.roster, parts.registry, journal, parts.work, parts.store, config.heartbeat_interval_s
+    )
+    bundle = DebugBundle(
+        Examined(
+            places.root, config, database, journal, parts.registry, parts.certificates, parts.roster, driver,
+            parts.compute, parts.facts, parts.log_tail,
+        )
+    )  # fmt: skip
+    return OperationsService(config, driver, journal, parts.facts, dry_run, bundle)
 
 
 def _listen(

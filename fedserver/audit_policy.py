@@ -75,6 +75,7 @@ ACTIONS: dict[str, Rule] = {
     "/fedcore.v1.Operations/GetSoftware": Rule("server.software"),
     "/fedcore.v1.Operations/CheckPlan": Rule("run.plan"),
     "/fedcore.v1.Operations/WatchEvents": Rule("run.logs"),
+    "/fedcore.v1.Operations/CollectBundle": Rule("server.debug-bundle", _BEFORE),
     "/fedcore.v1.Impressions/ListImpressions": Rule("impressions.list"),
     "/fedcore.v1.Impressions/GetImpressions": Rule("impressions.show"),
     "/fedcore.v1.Impressions/PreviewImpressions": Rule("impressions.preview", _BEFORE),

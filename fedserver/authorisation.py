@@ -78,6 +78,7 @@ ROLES: dict[str, frozenset[str]] = {
     "/fedcore.v1.Operations/GetSoftware": _READERS,
     "/fedcore.v1.Operations/CheckPlan": _PLANNERS,
     "/fedcore.v1.Operations/WatchEvents": _READERS,
+    "/fedcore.v1.Operations/CollectBundle": _OWNERS,
     "/fedcore.v1.Impressions/ListImpressions": _READERS,
     "/fedcore.v1.Impressions/GetImpressions": _READERS,
     "/fedcore.v1.Impressions/PreviewImpressions": IMPRESSION_ROLES,

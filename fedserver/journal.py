@@ -116,6 +116,12 @@ class Journal:
         rows = self._database.read(lambda c: c.execute(query, (run, *kinds, limit)).fetchall())
         return [EVENT.validate_json(body) for (body,) in reversed(rows)]
 
+    def newest_of_all(self, limit: int) -> list[tuple[str, int, Event]]:
+        """The newest events of all runs, in order: (run, position, event). Raises StorageError if the database fails."""
+        query = "SELECT run, seq, body FROM journal ORDER BY seq DESC LIMIT ?"
+        rows = self._database.read(lambda c: c.execute(query, (limit,)).fetchall())
+        return [(run, seq, EVENT.validate_json(body)) for run, seq, body in reversed(rows)]
+
     def replay(self) -> list[tuple[Submission, RunState]]:
         """Every run with its state, the oldest first."""
         return [(s, replay(s.run, s.plan, self.events(s.run))) for s in self.submissions()]

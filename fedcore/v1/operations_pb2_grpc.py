@@ -64,6 +64,11 @@ class OperationsStub:
                 request_serializer=fedcore_dot_v1_dot_operations__pb2.WatchEventsRequest.SerializeToString,
                 response_deserializer=fedcore_dot_v1_dot_operations__pb2.RunEvent.FromString,
                 _registered_method=True)
+        self.CollectBundle = channel.unary_stream(
+                '/fedcore.v1.Operations/CollectBundle',
+                request_serializer=fedcore_dot_v1_dot_operations__pb2.CollectBundleRequest.SerializeToString,
+                response_deserializer=fedcore_dot_v1_dot_operations__pb2.BundlePart.FromString,
+                _registered_method=True)
 
 
 class OperationsServicer:
@@ -111,6 +116,13 @@ class OperationsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CollectBundle(self, request, context):
+        """Files that help to find a fault; none holds a secret, an image or an impression.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperationsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -143,6 +155,11 @@ def add_OperationsServicer_to_server(servicer, server):
                     servicer.WatchEvents,
                     request_deserializer=fedcore_dot_v1_dot_operations__pb2.WatchEventsRequest.FromString,
                     response_serializer=fedcore_dot_v1_dot_operations__pb2.RunEvent.SerializeToString,
+            ),
+            'CollectBundle': grpc.unary_stream_rpc_method_handler(
+                    servicer.CollectBundle,
+                    request_deserializer=fedcore_dot_v1_dot_operations__pb2.CollectBundleRequest.FromString,
+                    response_serializer=fedcore_dot_v1_dot_operations__pb2.BundlePart.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -307,6 +324,33 @@ class Operations:
             '/fedcore.v1.Operations/WatchEvents',
             fedcore_dot_v1_dot_operations__pb2.WatchEventsRequest.SerializeToString,
             fedcore_dot_v1_dot_operations__pb2.RunEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectBundle(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/fedcore.v1.Operations/CollectBundle',
+            fedcore_dot_v1_dot_operations__pb2.CollectBundleRequest.SerializeToString,
+            fedcore_dot_v1_dot_operations__pb2.BundlePart.FromString,
             options,
             channel_credentials,
             insecure,

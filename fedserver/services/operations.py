@@ -15,6 +15,7 @@ from fedcore.v1 import operations_pb2, operations_pb2_grpc
 from fedcore.version import software_version
 from fedserver.call_audit import note
 from fedserver.config import ServerConfig
+from fedserver.debug_bundle import DebugBundle
 from fedserver.drain import Drain
 from fedserver.dry_run import DryRun
 from fedserver.effective_config import settings_of
@@ -39,12 +40,14 @@ class OperationsService(operations_pb2_grpc.OperationsServicer):
         journal: Journal,
         health: HealthFacts,
         dry_run: DryRun,
+        bundle: DebugBundle,
     ) -> None:
         self._config = config
         self._driver = driver
         self._journal = journal
         self._health = health
         self._dry_run = dry_run
+        self._bundle = bundle
 
     async def GetHealth(  # noqa: N802 - the name in the contract
         self, request: operations_pb2.GetHealthRequest, context: Any
@@ -127,6 +130,14 @@ class OperationsService(operations_pb2_grpc.OperationsServicer):
             if over or not request.follow:
                 return
             await self._driver.wait_changed(1.0)
+
+    async def CollectBundle(  # noqa: N802
+        self, request: operations_pb2.CollectBundleRequest, context: Any
+    ) -> AsyncIterator[operations_pb2.BundlePart]:
+        """Send the files of a debug bundle."""
+        note("coordinator")
+        async for name, data in self._bundle.pieces():
+            yield operations_pb2.BundlePart(name=name, data=data)
 
     def _drain_state(self) -> operations_pb2.DrainState:
         drain, under_way = self._driver.draining, self._driver.under_way()

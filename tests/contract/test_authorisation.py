@@ -93,6 +93,7 @@ EXPECTED = {
     "fedcore.v1.Operations": READERS,
     "fedcore.v1.Operations/SetDrain": {OPERATOR, OWNER},
     "fedcore.v1.Operations/CheckPlan": {VIEWER, OPERATOR},
+    "fedcore.v1.Operations/CollectBundle": {OWNER},
     "fedcore.v1.Membership/CreateOperatorToken": {OWNER},
     "fedcore.v1.Membership/ListEnrollments": READERS,
     "fedcore.v1.Membership/ApproveEnrollment": {OPERATOR, OWNER},

@@ -1,12 +1,16 @@
-"""Running a real federation: health, drain, dry runs, what happened to a run and how it is kept."""
+"""Running a real federation: health, drain, dry runs, what happened to a run, the debug bundle."""
 
+import base64
 import json
 import os
 import signal
 import subprocess
+import tarfile
+from pathlib import Path
 
 import pytest
 
+from fedserver.redaction import forms_of_key
 from tests.federation_fixture import PROBE, SITES, Federation, digits_plan, wait_until
 
 pytestmark = pytest.mark.slow
@@ -131,3 +135,38 @@ def test_a_run_is_foretold_told_exported_and_repeated_from_its_export(federation
     assert federation.wait(repeated).state == "DONE"
     digests = [[record["model"] for record in federation.rounds(one)] for one in (run, repeated)]
     assert digests[0] == digests[1], "the same plan on the same threads gives the same bytes"
+
+
+def test_a_debug_bundle_holds_no_key_no_token_and_no_image(federation: Federation) -> None:
+    tokens = [said.json["token"] for what, said in federation.journey.items() if what.startswith("token")]
+    keys = sorted(federation.root.rglob("*.key"))
+    assert (len(keys) >= 9, len(tokens)) == (True, 5)
+    # What should never happen: an operator pastes secrets where they are logged and journalled.
+    ours = federation.server_home / "pki" / "issuing.key"
+    pasted = f"{keys[0].read_text().splitlines()[1]} {ours.read_text().splitlines()[2]} {tokens[0]}"
+    run = federation.submit(digits_plan([PROBE]))
+    federation.ctl("run", "abort", run, "--yes", "--reason", pasted)
+    out = federation.root / "bundle.tar.gz"
+    federation.ctl("server", "debug-bundle", "--out", str(out))
+    with tarfile.open(out) as archive:
+        files = {Path(one.name).name: archive.extractfile(one).read() for one in archive.getmembers()}  # type: ignore[union-attr]
+    assert set(files) == {
+        "threads-control.txt", "threads-compute.txt", "versions.json", "config.json", "health.json", "database.json",
+        "sites.json", "certificates.json", "runs.json", "events.jsonl", "log.jsonl", "fedctl.json",
+    }  # fmt: skip
+    assert b"[removed: a secret]" in files["events.jsonl"], "it was there, and is not any more"
+    assert b"coordinator serves" in files["log.jsonl"]
+    assert run.encode() in files["runs.json"]
+    assert b"serve" in files["threads-control.txt"]
+    everything = b"\n".join(files.values())
+    for key in keys:
+        for form in forms_of_key(key.read_bytes()):
+            assert form not in everything, (
+                f"{key}: {form[:8]!r}... in {[n for n, d in files.items() if form in d]}"
+            )
+    for token in tokens:
+        secret = json.loads(base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)))["secret"]
+        for form in (token, token[:80], secret, base64.b64encode(secret.encode()).decode().rstrip("=")):
+            assert form.encode() not in everything
+    refused = federation.command("fedctl", "server", "debug-bundle", "--out", str(out))
+    assert refused.code == 7

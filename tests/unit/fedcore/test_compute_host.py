@@ -306,3 +306,36 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_process_that_listens_to_nobody_still_says_where_its_threads_stand(host: ComputeHost) -> None:
+    async def story() -> None:
+        assert await host.dump_threads() == "no compute process runs\n"
+        begun = asyncio.Event()
+        task = asyncio.create_task(host.run("deaf", {}, lambda fields: begun.set()))
+        await begun.wait()
+        pid = host.pid
+        dump = await host.dump_threads()
+        assert "in deaf" in dump
+        assert "in read_commands" in dump
+        assert (host.pid, task.done()) == (pid, False), "and what it does goes on"
+        assert "in deaf" in await host.dump_threads()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    go(host, story())
+
+
+def test_a_process_that_is_still_starting_is_left_alone(host: ComputeHost) -> None:
+    async def story() -> None:
+        # Without a handler the signal ends a process: a shell that waits has none.
+        host._process = await asyncio.create_subprocess_exec(
+            "sleep", "60", stdin=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        )
+        pid = host.pid
+        assert await host.dump_threads() == f"compute process {pid} is still starting\n"
+        assert host.pid == pid
+        host._process.kill()
+        await host._process.wait()
+
+    go(host, story())
