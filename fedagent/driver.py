@@ -242,6 +242,7 @@ class AgentDriver:
                 self._ask(Task("evaluate", evaluate.run, evaluate.round, evaluate.model.digest), directive)
             case "stop":
                 log.info("told to stop", run=directive.stop.run, reason=directive.stop.reason)
+                self._show(told=directive.stop.reason)
                 self._step(*machine.stopped(self._state, directive.stop.run))
             case "ping":
                 self.send(federation_pb2.AgentMessage(pong=federation_pb2.Pong(nonce=directive.ping.nonce)))
@@ -307,7 +308,7 @@ class AgentDriver:
         directive = self._present = self._directives.pop(task)
         completed = False
         log.info("task begins", run=task.run, round=task.round, kind=task.kind)
-        self._show(doing=f"{task.kind}, round {task.round} of run {task.run}")
+        self._show(doing=f"{task.kind}, round {task.round} of run {task.run}", told="")
         try:
             if task.kind == "train":
                 await self._tasks.train(directive.train)

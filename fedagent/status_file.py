@@ -28,11 +28,14 @@ class AgentStatus(BaseModel):
     trouble: str = ""
     refusal: str = ""
     doing: str = ""
+    # Why the coordinator said last that it wants no work.
+    told: str = ""
 
     def summary(self) -> str:
         """One line: connected, working on round 3 of blood-1."""
         link = "connected" if self.connected else f"not connected: {self.trouble or 'connecting'}"
-        return f"{link}; {self.refusal or self.doing or 'idle'}"
+        idle = f"idle ({self.told})" if self.told else "idle"
+        return f"{link}; {self.refusal or self.doing or idle}"
 
 
 class StatusBoard:

@@ -11,7 +11,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from fedcore.errors import PlanError
-from fedcore.plan_robustness import AggregationSection, GateSection, MeanRule, MultiKrumRule, TrimmedMeanRule
+from fedcore.plan_robustness import (
+    AggregationSection,
+    GateSection,
+    MeanRule,
+    MultiKrumRule,
+    NormClipRule,
+    TrimmedMeanRule,
+)
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
 Scalar = bool | int | float | str
@@ -69,11 +76,24 @@ class SynthesisSection(_Section):
 
 
 class LimitsSection(_Section):
-    """The three times of a round, in seconds."""
+    """The three times of a round, in seconds; what becomes of updates that come late, and of sites that fail."""
 
     round_deadline_s: PositiveFloat = 3600
     stall_timeout_s: PositiveFloat = 60
     join_wait_s: Annotated[float, Field(ge=0)] = 10
+    # An update that comes after its round closed is dropped; or folded into the next aggregation, where it counts
+    # `late_weight` to the power of the rounds that it is late. It is waited for, and its site asked for nothing else, for
+    # at most `late_rounds` rounds after its own.
+    late_updates: Literal["drop", "fold"] = "drop"
+    late_weight: float = Field(0.5, gt=0, le=1)
+    late_rounds: int = Field(3, ge=1)
+    # A site that fails so many rounds in a row is not asked in the next `park_rounds`; 0 parks none.
+    park_after: int = Field(3, ge=0)
+    park_rounds: int = Field(3, ge=1)
+
+
+# Limits that agents of version 0.1 do not know; sites need none of them.
+_COORDINATORS_LIMITS = {"late_updates", "late_weight", "late_rounds", "park_after", "park_rounds"}
 
 
 class TransferSection(_Section):
@@ -172,11 +192,11 @@ class Plan(_Section):
         per_round = self.training.sites_per_round
         if per_round is not None and per_round < self.min_sites:
             raise ValueError(f"training.sites_per_round is {per_round}, below min_sites = {self.min_sites}")
-        self._check_rule()
+        self._check_aggregation()
         return self
 
-    def _check_rule(self) -> None:
-        """Raise ValueError for an aggregation rule that the number of sites can't bear."""
+    def _check_aggregation(self) -> None:
+        """Raise ValueError for an aggregation rule that does not go with the rest of the plan."""
         rule = self.aggregation
         most = min(
             len(self.sites) if self.sites is not None else 1 << 30, self.training.sites_per_round or 1 << 30
@@ -185,6 +205,11 @@ class Plan(_Section):
             raise ValueError(
                 f"aggregation: {rule.rule} with tolerate = {rule.tolerate} needs {rule.least_sites} sites a round, "
                 f"there are {most}"
+            )
+        if self.limits.late_updates == "fold" and not isinstance(rule, MeanRule | NormClipRule):
+            raise ValueError(
+                f"limits.late_updates is 'fold', which goes with the aggregation rules mean and norm_clip: "
+                f"{rule.rule} compares the updates of one round"
             )
 
     @property
@@ -209,9 +234,11 @@ class Plan(_Section):
     def to_site_json(self) -> str:
         """The plan as sites get it: less what only the coordinator acts upon, and what else is at its
         default and an agent of version 0.1 would not know."""
-        unknown = {"gate", "aggregation"}
+        unknown: dict[str, bool | set[str]] = {
+            "gate": True, "aggregation": True, "limits": _COORDINATORS_LIMITS,
+        }  # fmt: skip
         if self.transfer == TransferSection():
-            unknown.add("transfer")
+            unknown["transfer"] = True
         return self.model_dump_json(exclude_none=True, exclude=unknown)
 
 

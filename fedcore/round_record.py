@@ -3,7 +3,7 @@
 from pydantic import BaseModel, ConfigDict
 
 from fedcore.impression_check import ImpressionCheck
-from fedcore.update_verdict import MergeFigures, UpdateVerdict
+from fedcore.update_verdict import FoldedUpdate, MergeFigures, UpdateVerdict
 
 
 class SiteFigures(BaseModel):
@@ -89,6 +89,8 @@ class RoundRecord(BaseModel):
     # What the gate found of each update, and how those that passed were merged; null in rounds of earlier versions.
     gate: dict[str, UpdateVerdict] = {}
     merge: MergeFigures | None = None
+    # Updates of earlier rounds that came late and were dealt with in this one, by site.
+    folded: dict[str, FoldedUpdate] = {}
     # Digests, for the record.
     model: str = ""
     impressions_digest: str = ""

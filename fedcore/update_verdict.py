@@ -48,6 +48,18 @@ class MergeFigures(BaseModel):
     weights: dict[str, float] = {}
 
 
+class FoldedUpdate(BaseModel):
+    """An update of an earlier round that came late, and was folded into this round's aggregation if it passed the gate."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    # The round that it was trained in.
+    round: int
+    # The part of its weight that counted.
+    share: float
+    verdict: UpdateVerdict
+
+
 def gate_summary(found: Mapping[str, Any]) -> str:
     """A round's verdicts in a few words: "6 of 8, up to 2.3×" passed, in medians; "–" without verdicts."""
     verdicts = [UpdateVerdict.model_validate(verdict) for verdict in found.values()]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedcore.errors import EmptyRoundError, LearningError, StorageError, TensorMismatchError
 from fedcore.models.state_file import TORCH_DTYPES
+from fedcore.plan import TransferSection
 from fedcore.tensor_file import EXTRA_PREFIX, TensorManifest, check_expected
 from fedcore.update_verdict import MergeFigures
 from fedserver.block_mergers import BlockMerger, NotFiniteError, Summands, SumMerger
@@ -57,7 +58,9 @@ def merge_updates(request: MergeRequest, weigh: Weigh, *, extras_out: Path | Non
         if not accepted:
             reasons = "; ".join(rejected.values()) or "no site delivered one"
             raise EmptyRoundError(f"round {request.round}: no usable update: {reasons}")
-        weights = normalised(weigh([update.report for update, _ in accepted]), request.round)
+        weighed = weigh([update.report for update, _ in accepted])
+        shares = [w * update.share for w, (update, _) in zip(weighed, accepted, strict=True)]
+        weights = normalised(shares, request.round)
         files = [file for _, file in accepted]
         try:
             rule = set_up_rule(request.rule, model, files, weights, request.parameters)
@@ -123,7 +126,8 @@ def open_checked(
     who = f"{update.site} round {request.round}"
     if update.report.num_examples <= 0:
         raise LearningError(f"{who}: trained on {update.report.num_examples} images; update discarded")
-    file = open_update(update.path, expected, model, request.transfer, who)
+    transfer = TransferSection() if update.whole else request.transfer
+    file = open_update(update.path, expected, model, transfer, who)
     for spec in file.manifest.tensors:
         if variance_partner(spec.name) and bool((file.whole(spec) < 0).any()):
             raise LearningError(f"{who}: tensor '{spec.name}' holds a negative variance; update discarded")

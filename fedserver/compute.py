@@ -26,6 +26,7 @@ from fedcore.tensor_file import EXTRA_PREFIX, TensorManifest, TensorSpec, check_
 from fedcore.update_coding import coded_specs
 from fedserver.aggregation import average_over_rounds
 from fedserver.config import ComputeConfig
+from fedserver.late_updates import LateFile
 from fedserver.merging import merge_round
 from fedserver.own_images import OwnImages, read_scoring_images, read_test_images
 from fedserver.strategies import load_strategy
@@ -145,7 +146,8 @@ class ServerCompute:
             transfer=plan.transfer,
             rule=plan.aggregation,
         )
-        found = merge_round(strategy, request, plan, args["registered_examples"])
+        late = [_late_file(found) for found in args.get("late", [])]
+        found = merge_round(strategy, request, plan, args["registered_examples"], late)
         answer = {
             "rejected": found.rejected,
             "verdicts": {site: verdict.model_dump() for site, verdict in found.verdicts.items()},
@@ -159,6 +161,7 @@ class ServerCompute:
             "digest": found.merged.digest,
             "accepted": list(found.merged.accepted),
             "merge": found.merged.figures.model_dump(),
+            "folded": {site: folded.model_dump() for site, folded in found.folded.items()},
             "state_digest": found.merged.state_digest,
             "released_digest": _release(
                 strategy, request, previous=_path(args["released"]), out=released_out
@@ -253,6 +256,17 @@ def _read_initial(path: Path, model: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise PlanError(f"training.initial: {path.name}: tensor '{name}' holds NaN or Inf")
     return {name: state[name] for name in model}
+
+
+def _late_file(found: Mapping[str, Any]) -> LateFile:
+    return LateFile(
+        site=found["site"],
+        round=int(found["round"]),
+        path=Path(found["path"]),
+        started_from=Path(found["model"]),
+        report=SiteReport.of(found["site"], found["report"]),
+        registered_examples=int(found["registered_examples"]),
+    )
 
 
 def _release(strategy: Strategy, request: MergeRequest, *, previous: Path | None, out: Path) -> str | None:

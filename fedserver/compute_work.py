@@ -20,7 +20,14 @@ from fedcore.plan_forecast import Sizes
 from fedserver import round_events as ev
 from fedserver.directives import initialised_event
 from fedserver.forecast import Measure
-from fedserver.round_machine import Aggregate, EvaluateHere, Initialise, ScoreUpdates, Synthesise
+from fedserver.round_machine import (
+    Aggregate,
+    EvaluateHere,
+    Initialise,
+    LateArrival,
+    ScoreUpdates,
+    Synthesise,
+)
 from fedserver.round_state import RunState
 
 ATTEMPTS = 3
@@ -126,6 +133,7 @@ class ComputeWork:
                 state=self._path(command.strategy_state), state_out=str(state_out),
                 released=self._path(command.released), released_out=str(released_out),
                 registered_examples=dict(command.registered_examples),
+                late=[self._late(late) for late in command.late],
             )  # fmt: skip
             if result["digest"] is None:
                 return ev.AggregationFailed(
@@ -153,6 +161,7 @@ class ComputeWork:
             strategy_state=result["state_digest"],
             verdicts=result["verdicts"],
             merge=result["merge"],
+            folded=result["folded"],
         )
 
     async def _score_updates(
@@ -164,6 +173,16 @@ class ComputeWork:
             "score_updates", on_progress, plan=plan, model=model, updates=updates, data=data
         )
         return ev.UpdatesScored.model_validate({**result, "at": self._clock.wall(), "round": command.round})
+
+    def _late(self, late: LateArrival) -> dict[str, Any]:
+        return {
+            "site": late.site,
+            "round": late.round,
+            "path": str(self._store.find(late.digest)),
+            "model": str(self._store.find(late.model)),
+            "report": late.report.model_dump(),
+            "registered_examples": late.registered_examples,
+        }
 
     def _path(self, digest: str | None) -> str | None:
         return str(self._store.find(digest)) if digest is not None else None

@@ -28,7 +28,7 @@ from fedcore.v1 import federation_pb2
 from fedserver import round_events as ev
 from fedserver.directives import expected_update, report_from_proto
 from fedserver.roster import Roster
-from fedserver.round_driver import RoundDriver, is_training
+from fedserver.round_driver import RoundDriver
 from fedserver.round_state import RunState
 from fedserver.threads import in_pool
 from fedserver.turns import Turns
@@ -94,7 +94,7 @@ class Deliveries:
         if self._stored(site, key):
             return Outcome.OUTCOME_ALREADY_STORED
         state = self._state(key.run)
-        if not is_training(state, key.round, site):
+        if not state.awaits_update(site, key.round):
             return Outcome.OUTCOME_TOO_LATE
         who = f"{site} round {key.round}"
         manifest = manifest_from_proto(header.manifest)
@@ -197,12 +197,14 @@ class Deliveries:
     def _sweep(self) -> None:
         """Delete what interrupted deliveries of rounds that are over left in the spool."""
         for path in self._spool.glob("*.part"):
-            run, round_number = path.name.split("~")[:2]
+            run, round_number, site = path.name.split("~")[:3]
             try:
-                current = self._state(run).current
+                state = self._state(run)
             except NotFoundError:
-                current = None
-            if path not in self._streams and (current is None or str(current.number) != round_number):
+                wanted = False
+            else:
+                wanted = round_number in map(str, state.open_rounds(site))
+            if path not in self._streams and not wanted:
                 path.unlink(missing_ok=True)
 
     def _state(self, run: str) -> RunState:
@@ -213,10 +215,7 @@ class Deliveries:
         return state
 
     def _stored(self, site: str, key: federation_pb2.DeliveryKey) -> bool:
-        current = self._state(key.run).current
-        if current is None or current.number != key.round:
-            return False
-        update = current.reported.get(site)
+        update = self._state(key.run).stored_update(site, key.round)
         return update is not None and update.digest == key.digest
 
     def _path(self, site: str, key: federation_pb2.DeliveryKey) -> Path:

@@ -92,12 +92,14 @@ def round_record(state: RunState, current: Round, now: float, bytes_down: int) -
         update_scores=update_scores(current.scores, state.plan.class_names) if current.scores else None,
         phases_s=_phases(current, now, state.overlaps),
         seconds=max(0.0, now - current.opened_at),
-        bytes_up=sum(u.payload_bytes for u in current.reported.values()),
+        bytes_up=sum(u.payload_bytes for u in current.reported.values())
+        + sum(late.update.payload_bytes for late in current.folding.values()),
         bytes_down=bytes_down,
         missing=_missing(current),
         attempts=current.attempt,
         gate=dict(sorted(current.verdicts.items())),
         merge=current.merge,
+        folded=dict(sorted(current.folded.items())),
         model=current.released or "",
         impressions_digest=current.new_impressions or "",
         training={

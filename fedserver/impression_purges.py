@@ -94,6 +94,7 @@ def apply_purge(state: RunState, event: ev.ImpressionsPurged | ev.PurgeConfirmed
         purges=(*state.purges, purge),
         current=current,
         impressions=None if state.impressions in gone else state.impressions,
+        stragglers={s: asked for s, asked in state.stragglers.items() if asked.impressions not in gone},
     )
 
 

@@ -1,46 +1,114 @@
-"""A round's updates through the gate and into a model."""
+"""A round's updates, and late ones of earlier rounds, through the gate and into a model."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from fedcore.errors import EmptyRoundError
+from fedcore.errors import EmptyRoundError, LearningError, StorageError, TensorMismatchError
 from fedcore.plan import Plan
-from fedcore.update_verdict import UpdateVerdict
-from fedserver.strategies.base import MergeRequest, MergeResult, Strategy
+from fedcore.update_verdict import FoldedUpdate, UpdateVerdict
+from fedserver.aggregation import expected_update
+from fedserver.decoding import open_update
+from fedserver.late_updates import LateFile, late_share, rebase
+from fedserver.strategies.base import MergeRequest, MergeResult, SiteReport, SiteUpdate, Strategy
+from fedserver.tensor_source import TensorFile
 from fedserver.update_gate import examine
 
 
 @dataclass(frozen=True, slots=True)
 class RoundMerge:
-    """What came of it. `merged` is None if too few updates passed, for the reason `reason`."""
+    """What came of it, by site. `merged` is None if too few updates passed, for the reason `reason`."""
 
     verdicts: Mapping[str, UpdateVerdict]
-    merged: MergeResult | None
+    folded: Mapping[str, FoldedUpdate] = field(default_factory=dict)
+    merged: MergeResult | None = None
     reason: str = ""
 
     @property
     def rejected(self) -> dict[str, str]:
-        """Why updates did not pass, by site."""
+        """Why updates of this round did not pass, by site."""
         return {site: verdict.reason for site, verdict in self.verdicts.items() if not verdict.passed}
 
 
 def merge_round(
-    strategy: Strategy, request: MergeRequest, plan: Plan, registered: Mapping[str, int]
+    strategy: Strategy,
+    request: MergeRequest,
+    plan: Plan,
+    registered: Mapping[str, int],
+    late: Sequence[LateFile] = (),
 ) -> RoundMerge:
-    """Examine the updates and merge those that pass, if they are `min_sites` of the plan.
+    """Examine the updates and merge those that pass, if `min_sites` of the plan are of this round.
 
-    Raises LearningError, StorageError.
+    Late updates are examined and merged beside them. Raises LearningError, StorageError.
     """
-    verdicts = examine(request, plan.gate, registered)
-    passed = [update for update in request.updates if verdicts[update.site].passed]
-    if len(passed) < plan.min_sites:
-        few = f"only {len(passed)} updates passed the gate, min_sites is {plan.min_sites}"
-        why = "; ".join(verdict.reason for verdict in verdicts.values() if not verdict.passed)
-        return RoundMerge(verdicts, None, f"{few}: {why}")
+    with _rebased(request, plan, late) as (rebased, broken):
+        labels = {update.site for update in rebased}
+        known = {**registered, **{found.label: found.registered_examples for found in late}}
+        verdicts = {
+            **broken,
+            **examine(replace(request, updates=[*request.updates, *rebased]), plan.gate, known, labels),
+        }
+        passed = [update for update in request.updates if verdicts[update.site].passed]
+        merged, reason = None, ""
+        if len(passed) < plan.min_sites:
+            reason = f"only {len(passed)} updates passed the gate, min_sites is {plan.min_sites}"
+        else:
+            passed += [update for update in rebased if verdicts[update.site].passed]
+            try:
+                merged = strategy.merge(replace(request, updates=passed))
+            except EmptyRoundError as error:  # a strategy with a gate of its own
+                reason = error.message
+    for site, why in merged.rejected.items() if merged is not None else ():
+        verdicts[site] = verdicts[site].model_copy(update={"passed": False, "reason": why})
+    folded = {
+        found.site: FoldedUpdate(
+            round=found.round,
+            share=late_share(plan.limits.late_weight, request.round - found.round),
+            verdict=verdicts.pop(found.label),
+        )
+        for found in late
+    }
+    if merged is None:
+        refused = "; ".join(verdict.reason for verdict in verdicts.values() if not verdict.passed)
+        return RoundMerge(verdicts, reason=f"{reason}: {refused}" if refused else reason)
+    return RoundMerge(verdicts, folded, _of_this_round(merged, verdicts))
+
+
+def _of_this_round(merged: MergeResult, verdicts: Mapping[str, UpdateVerdict]) -> MergeResult:
+    """The result with the sites of this round alone as the accepted ones."""
+    return replace(merged, accepted=tuple(site for site in merged.accepted if site in verdicts))
+
+
+@contextmanager
+def _rebased(
+    request: MergeRequest, plan: Plan, late: Sequence[LateFile]
+) -> Iterator[tuple[list[SiteUpdate], dict[str, UpdateVerdict]]]:
+    """Late updates as if they had started from this round's model, in files that are gone in the end; and verdicts on
+    those that can't be read.
+    """
+    model = TensorFile.open(request.model)
+    expected = expected_update(request, model)
+    updates: list[SiteUpdate] = []
+    broken: dict[str, UpdateVerdict] = {}
+    paths: list[Path] = []
     try:
-        merged = strategy.merge(replace(request, updates=passed))
-    except EmptyRoundError as error:  # a strategy with a gate of its own
-        return RoundMerge(verdicts, None, error.message)
-    for site, reason in merged.rejected.items():
-        verdicts[site] = verdicts[site].model_copy(update={"passed": False, "reason": reason})
-    return RoundMerge(verdicts, merged)
+        for number, found in enumerate(late):
+            path = request.out.with_name(f"{request.out.name}.late-{number}")
+            paths.append(path)
+            try:
+                start = TensorFile.open(found.started_from)
+                update = open_update(found.path, expected, start, request.transfer, found.label)
+                rebase(update, start, model, request.parameters, path)
+            except (StorageError, TensorMismatchError, LearningError) as error:
+                broken[found.label] = UpdateVerdict(
+                    passed=False, reason=error.message, num_examples=found.report.num_examples
+                )
+                continue
+            report = SiteReport(found.label, found.report.num_examples, found.report.num_steps)
+            share = late_share(plan.limits.late_weight, request.round - found.round)
+            updates.append(SiteUpdate(path, report, share, whole=True))
+        yield updates, broken
+    finally:
+        for path in paths:
+            path.unlink(missing_ok=True)

@@ -5,20 +5,21 @@ A decision is an event with its reason; it is journalled like any other fact, so
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedserver import round_events as ev
 from fedserver.figures import round_record
 from fedserver.round_machine import awaits_figures, awaits_scores
 from fedserver.round_state import RunState, Stage, Status
 from fedserver.sampling import sites_of_round
+from fedserver.stragglers import resting
 
 MAX_ATTEMPTS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Withheld:
-    """An operator gives a site no further work, and why; `at_once`: it is let go of what it has as well."""
+    """A site gets no further work, and why; `at_once`: it is let go of what it has as well."""
 
     reason: str
     at_once: bool
@@ -108,6 +109,7 @@ def _decide_opening(state: RunState, world: World) -> tuple[ev.Event, ...]:
     if world.held:
         return ()
     expected = sites_of_round(plan, state.sites, number)
+    world = _for_round(state, world, number, expected)
     here = tuple(s for s in expected if (p := world.sites.get(s)) and p.able)
     reported = state.current.reported if state.current is not None else {}
     absent = [s for s in expected if s not in here and s not in reported]
@@ -142,10 +144,29 @@ def _decide_opening(state: RunState, world: World) -> tuple[ev.Event, ...]:
     )
 
 
+def _for_round(state: RunState, world: World, number: int, expected: tuple[str, ...]) -> World:
+    """The world as round `number` sees it: stragglers and parked sites are withheld from it, and nobody waits for them.
+
+    Parked sites are asked after all where the others are too few for a round.
+    """
+    busy = resting(state, number)
+    parked = {site: parking.reason for site, parking in state.parked.items() if number < parking.until}
+    reported = state.current.reported if state.current is not None else {}
+    others = [s for s in expected if s not in busy and s not in parked]
+    able = [s for s in others if s in reported or ((p := world.sites.get(s)) and p.able)]
+    if len(able) < state.plan.min_sites:
+        parked = {}
+    nowhere = Presence(connected=False, unable="", since=0.0, last_progress=0.0)
+    sites = dict(world.sites)
+    for site, reason in {**parked, **busy}.items():
+        sites[site] = replace(sites.get(site, nowhere), withheld=Withheld(reason, at_once=False))
+    return replace(world, sites=sites)
+
+
 def _absent_for(site: str, world: World) -> float:
     """Seconds since the site went, or since the coordinator began to wait for one it has never seen.
 
-    Nobody waits for a site that an operator withholds.
+    Nobody waits for a site that is withheld.
     """
     presence = world.sites.get(site)
     if presence is not None and presence.withheld is not None:
@@ -172,6 +193,7 @@ def waiting_for(state: RunState, world: World) -> str:
         if world.held:
             return world.held
         expected = sites_of_round(state.plan, state.sites, state.finished + 1)
+        world = _for_round(state, world, state.finished + 1, expected)
         absent = [s for s in expected if not ((p := world.sites.get(s)) and p.able)]
         waited = world.now - world.stage_since
         return f"waiting {waited:.0f} s for {_why_absent(absent, world)}" if absent else ""
@@ -183,11 +205,17 @@ def waiting_for(state: RunState, world: World) -> str:
     return ""
 
 
+def _taken_away(site: str, world: World) -> bool:
+    """Whether an operator takes the site's work from it at once."""
+    presence = world.sites.get(site)
+    return presence is not None and presence.withheld is not None and presence.withheld.at_once
+
+
 def _lost(site: str, state: RunState, world: World) -> str:
     """Why a site at work should be let go; empty if it should not."""
     stall = state.plan.limits.stall_timeout_s
     presence = world.sites.get(site)
-    if presence is not None and presence.withheld is not None and presence.withheld.at_once:
+    if presence is not None and presence.withheld is not None and _taken_away(site, world):
         return presence.withheld.reason
     if presence is None or not presence.connected:
         gone = max(presence.since if presence is not None else world.stage_since, world.stage_since)
@@ -208,7 +236,10 @@ def _decide_collection(state: RunState, world: World) -> tuple[ev.Event, ...]:
             else _lost(site, state, world)
         )
         if reason:
-            events.append(ev.SiteLetGo(at=world.wall, round=current.number, site=site, reason=reason))
+            slow = late or not _taken_away(site, world)
+            events.append(
+                ev.SiteLetGo(at=world.wall, round=current.number, site=site, reason=reason, slow=slow)
+            )
     if events or current.outstanding:
         return tuple(events)
     lost = "; ".join(f"{site}: {why}" for site, why in current.let_go.items())

@@ -205,7 +205,9 @@ class RoundDriver:
             state, current = view.state, view.state.current
             shared = state.strategy_state if state.shares_state else None
             released = current.released if current is not None else None
-            if digest in {state.model, state.impressions, released, shared}:
+            asked = state.stragglers.get(site)
+            late = {asked.model, asked.impressions, asked.strategy_state} if asked is not None else set()
+            if digest in {state.model, state.impressions, released, shared} | late:
                 return self._store.find(digest)
         raise NotFoundError(f"{site}: artifact {digest[:64]!r} is not part of its present work")
 
@@ -328,6 +330,7 @@ class RoundDriver:
             _log_event(run, event)
             if isinstance(event, ev.RoundOpened):
                 self._bytes_down = 0
+                self._tell_parked(states[run])
         for run in {run for run, _ in recorded}:
             view = self._views[run]
             before, view.state = view.state, states[run]
@@ -338,6 +341,12 @@ class RoundDriver:
             erase_purged(self._store, [view.state for view in self._views.values()])
         async with self._changed:
             self._changed.notify_all()
+
+    def _tell_parked(self, state: RunState) -> None:
+        """Say to the sites that a round leaves out why it does."""
+        for site, parking in state.parked.items():
+            if (session := self._roster.sessions.get(site)) is not None:
+                session.send(stop_directive(state.run, parking.reason))
 
     def _new_view(self, submission: Submission, state: RunState) -> RunView:
         view = RunView(submission, state, self._clock.monotonic(), self._clock.wall())
@@ -490,14 +499,3 @@ def _log_event(run: str, event: ev.Event) -> None:
     if isinstance(event, ev.RoundFinished):
         fields["syncs_so_far"] = syncs_so_far()
     log.info(event.kind.replace("_", " "), run=run, **fields)
-
-
-def is_training(state: RunState, round_number: int, site: str) -> bool:
-    """Whether the coordinator waits for this site's update of this round."""
-    current = state.current
-    return (
-        state.stage is Stage.TRAINING
-        and current is not None
-        and current.number == round_number
-        and site in current.outstanding
-    )

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from fedcore.impression_check import ImpressionCheck
-from fedcore.update_verdict import MergeFigures, UpdateVerdict
+from fedcore.update_verdict import FoldedUpdate, MergeFigures, UpdateVerdict
 
 # JSON has no NaN: one in the journal would come back as null, which no replay gets past. So it is refused at once.
 _FACT = ConfigDict(frozen=True, allow_inf_nan=False)
@@ -111,12 +111,16 @@ class UpdateStored(_Event):
 
 
 class SiteLetGo(_Event):
-    """The round goes on without a site: it failed, stalled, was lost, or the deadline passed."""
+    """The round goes on without a site: it failed, stalled, was lost, or the deadline passed.
+
+    `slow` sites did not fail: their update may still come.
+    """
 
     kind: Literal["site_let_go"] = "site_let_go"
     round: int
     site: str
     reason: str
+    slow: bool = False
 
 
 class CollectionClosed(_Event):
@@ -143,6 +147,8 @@ class AggregationFinished(_Event):
     strategy_state: str | None = None
     verdicts: dict[str, UpdateVerdict] = {}
     merge: MergeFigures | None = None
+    # Late updates of earlier rounds that this aggregation used up, those that the gate refused included.
+    folded: dict[str, FoldedUpdate] = {}
 
 
 class AggregationFailed(_Event):

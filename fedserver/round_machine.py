@@ -16,6 +16,7 @@ from fedcore.round_record import RoundRecord
 from fedserver import round_events as ev
 from fedserver.impression_purges import apply_purge
 from fedserver.round_state import Round, RunState, Stage, Status, Update, with_item
+from fedserver.stragglers import after_round, close_collection, open_again, take_late, used_up
 from fedserver.synthesis.schedule import should_synthesise
 
 
@@ -50,6 +51,20 @@ class Aggregate:
     released: str | None = None
     # Training images that sites had said they have when the round opened: (site, number).
     registered_examples: tuple[tuple[str, int], ...] = ()
+    # Updates of earlier rounds, in site order.
+    late: tuple["LateArrival", ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LateArrival:
+    """A late update to fold: the round that it was trained in, from which model, on how many registered images."""
+
+    site: str
+    round: int
+    model: str
+    digest: str
+    report: ev.Report
+    registered_examples: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +113,16 @@ def work(state: RunState) -> tuple[Command, ...]:
     """Everything that should be under way in this state."""
     if state.stage is Stage.INITIALISING and state.status is Status.RUNNING:
         return (Initialise(),)
-    current = state.current
-    if current is None or state.status.final:
+    if state.status not in (Status.RUNNING, Status.WAITING):
         return ()
-    return (*_round_work(state, current), *_synthesis(state, current))
+    late = tuple(
+        Train(asked.round, asked.attempt, site, asked.model, asked.impressions, asked.strategy_state)
+        for site, asked in sorted(state.stragglers.items())
+    )
+    current = state.current
+    if current is None:
+        return late
+    return (*_round_work(state, current), *_synthesis(state, current), *late)
 
 
 def _synthesis(state: RunState, current: Round) -> tuple[Synthesise, ...]:
@@ -125,17 +146,25 @@ def _round_work(state: RunState, current: Round) -> tuple[Command, ...]:
         shared = state.strategy_state if state.shares_state else None
         return tuple(
             Train(current.number, current.attempt, site, state.model, state.impressions, shared)
-            for site in current.outstanding
+            for site in current.registered
+            if state.awaits_update(site, current.number)
         )
     if state.stage is Stage.AGGREGATING:
         assert state.model is not None
         updates = tuple(
             (s, current.reported[s].digest, current.reported[s].report) for s in sorted(current.reported)
         )
+        late = tuple(
+            LateArrival(
+                site, found.asked.round, found.asked.model, found.update.digest, found.update.report,
+                found.asked.registered_examples,
+            )
+            for site, found in sorted(current.folding.items())
+        )  # fmt: skip
         return (
             Aggregate(
                 current.number, state.model, updates, state.strategy_state, state.released,
-                tuple(sorted(current.registered_examples.items())),
+                tuple(sorted(current.registered_examples.items())), late,
             ),
         )  # fmt: skip
     if state.stage is Stage.EVALUATING:
@@ -156,6 +185,10 @@ def apply(state: RunState, event: ev.Event) -> RunState:
     """The state after an event. Raises ConflictError if the event can't happen in this state."""
     if isinstance(event, ev.ImpressionsPurged | ev.PurgeConfirmed):  # at any time, also when the run is over
         return apply_purge(state, event)
+    if isinstance(event, ev.UpdateStored | ev.SiteLetGo):
+        taken = take_late(state, event)
+        if taken is not None:
+            return taken
     if state.status.final:
         raise ConflictError(f"run {state.run} is over ({state.status}): {event.kind} can't happen")
     match event:
@@ -200,6 +233,8 @@ def apply(state: RunState, event: ev.Event) -> RunState:
                 stage=Stage.OVER,
                 reason=event.reason,
                 current=None,
+                stragglers={},
+                late={},
                 finished_at=event.at,
             )
         case ev.RoundOpened():
@@ -220,25 +255,30 @@ def _apply_to_round(state: RunState, event: ev.Event) -> RunState:
             _expect(state, new and event.site not in current.started, event)
             return replace(state, current=replace(current, started=current.started | {event.site}))
         case ev.UpdateStored():
-            _expect(state, state.stage is Stage.TRAINING and event.site in current.outstanding, event)
+            _expect(state, state.awaits_update(event.site, event.round), event)
             update = Update(event.digest, event.payload_bytes, event.report)
             changed = replace(
                 current,
                 started=current.started | {event.site},
                 reported=with_item(current.reported, event.site, update),
+                let_go=MappingProxyType({s: why for s, why in current.let_go.items() if s != event.site}),
+                slow=current.slow - {event.site},
             )
             return replace(state, current=changed)
         case ev.SiteLetGo():
             _expect(state, state.stage is Stage.TRAINING and event.site in current.outstanding, event)
-            return replace(
-                state, current=replace(current, let_go=with_item(current.let_go, event.site, event.reason))
+            changed = replace(
+                current,
+                let_go=with_item(current.let_go, event.site, event.reason),
+                slow=current.slow | {event.site} if event.slow else current.slow,
             )
+            return replace(state, current=changed)
         case ev.CollectionClosed():
             _expect(state, state.stage is Stage.TRAINING and not current.outstanding, event)
             closed = replace(current, closed_at=event.at)
             if len(closed.reported) < state.plan.min_sites:
                 return _to_opening(replace(state, current=closed), f"round {current.number}: {event.reason}")
-            return replace(state, current=closed, stage=Stage.AGGREGATING, reason=event.reason)
+            return replace(close_collection(state, closed), stage=Stage.AGGREGATING, reason=event.reason)
         case ev.AggregationFinished():
             _expect(state, state.stage is Stage.AGGREGATING, event)
             return _aggregated(state, current, event)
@@ -319,7 +359,8 @@ def _open(state: RunState, event: ev.RoundOpened) -> RunState:
     _expect(state, event.attempt == state.attempts + 1, event)
     # A repetition keeps the updates that are there, made from the same global model, and the impressions made beside it.
     before = state.current
-    kept = before.reported if before is not None else {}
+    state, in_time = open_again(state, event.round)
+    kept = {**(before.reported if before is not None else {}), **in_time}
     known = before.registered_examples if before is not None else {}
     current = Round(
         number=event.round,
@@ -350,6 +391,7 @@ def _open(state: RunState, event: ev.RoundOpened) -> RunState:
         reason=event.reason,
         attempts=event.attempt,
         current=current,
+        parked=MappingProxyType({s: why for s, why in state.parked.items() if s not in event.registered}),
     )
 
 
@@ -380,9 +422,16 @@ def _aggregated(state: RunState, current: Round, event: ev.AggregationFinished) 
         rejected=dict(event.rejected),
         verdicts=MappingProxyType({**current.verdicts, **event.verdicts}),
         merge=event.merge,
+        folded=event.folded,
         aggregated_at=event.at,
     )
-    return replace(state, current=changed, stage=Stage.EVALUATING, reason="sites evaluate the new model")
+    return replace(
+        state,
+        current=changed,
+        late=used_up(state, changed),
+        stage=Stage.EVALUATING,
+        reason="sites evaluate the new model",
+    )
 
 
 def _wants_impressions(state: RunState, round_number: int) -> bool:
@@ -405,7 +454,7 @@ def _finish_round(state: RunState, event: ev.RoundFinished) -> RunState:
     assert current is not None
     missed = tuple(s for s in current.expected if s not in current.accepted)
     after = replace(
-        state,
+        after_round(state, current),
         finished=event.round,
         model=current.model,
         released=current.released,

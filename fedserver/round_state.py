@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from fedcore.plan import Plan
 from fedcore.round_record import RoundRecord
-from fedcore.update_verdict import MergeFigures, UpdateVerdict
+from fedcore.update_verdict import FoldedUpdate, MergeFigures, UpdateVerdict
 from fedserver.round_events import Metrics, Report, UpdatesScored
 
 K = TypeVar("K")
@@ -55,6 +55,35 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True)
+class Straggler:
+    """What a site was asked whose round closed without it, and whose update is still welcome."""
+
+    round: int
+    attempt: int
+    model: str
+    impressions: str | None
+    strategy_state: str | None
+    # Training images that it had registered with; 0 if none.
+    registered_examples: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LateUpdate:
+    """An update that came after its round closed; `asked` holds the model that it started from."""
+
+    asked: Straggler
+    update: Update
+
+
+@dataclass(frozen=True, slots=True)
+class Parking:
+    """A site that is not asked before the round `until`, and why."""
+
+    until: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Round:
     """The round under way.
 
@@ -72,6 +101,9 @@ class Round:
     started: frozenset[str] = frozenset()
     reported: Mapping[str, Update] = field(default_factory=dict)
     let_go: Mapping[str, str] = field(default_factory=dict)
+    # Those let go that may still deliver; and late updates of earlier rounds that go into this one's aggregation.
+    slow: frozenset[str] = frozenset()
+    folding: Mapping[str, LateUpdate] = field(default_factory=dict)
     closed_at: float | None = None
     # What the next round starts from, and what is evaluated, synthesised through and handed out: the same artifact
     # unless the strategy averages models over rounds.
@@ -85,6 +117,7 @@ class Round:
     # What the gate found, those of attempts that failed included, and how the updates were merged.
     verdicts: Mapping[str, UpdateVerdict] = field(default_factory=dict)
     merge: MergeFigures | None = None
+    folded: Mapping[str, FoldedUpdate] = field(default_factory=dict)
     evaluations: Mapping[str, tuple[Metrics, ...]] = field(default_factory=dict)
     not_evaluated: Mapping[str, str] = field(default_factory=dict)
     # What local training did to each class, where the plan asks for it.
@@ -168,12 +201,49 @@ class RunState:
     missed: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     records: tuple[RoundRecord, ...] = ()
     purges: tuple[Purge, ...] = ()
+    # Sites whose late update is still welcome, and late updates that wait for an aggregation; both empty unless the plan
+    # folds. A straggler is asked for no other round.
+    stragglers: Mapping[str, Straggler] = field(default_factory=dict)
+    late: Mapping[str, LateUpdate] = field(default_factory=dict)
+    # Rounds that a site failed in a row, and sites that are parked for it.
+    failures: Mapping[str, int] = field(default_factory=dict)
+    parked: Mapping[str, Parking] = field(default_factory=dict)
     started_at: float | None = None
     finished_at: float | None = None
 
     def purge_of(self, round_number: int) -> Purge | None:
         """The purge that removed a round's bank, None if none did."""
         return next((purge for purge in self.purges if round_number in purge.rounds), None)
+
+    @property
+    def folds(self) -> bool:
+        """Whether updates that come late are kept."""
+        return self.plan.limits.late_updates == "fold"
+
+    def awaits_update(self, site: str, round_number: int) -> bool:
+        """Whether the site's update of this round would be taken now."""
+        straggler, current = self.stragglers.get(site), self.current
+        if straggler is not None and straggler.round == round_number:
+            return True
+        if self.stage is not Stage.TRAINING or current is None or current.number != round_number:
+            return False
+        return site in current.outstanding or (self.folds and site in current.slow)
+
+    def open_rounds(self, site: str) -> set[int]:
+        """Rounds of which the site's update may still come, or come again."""
+        straggler = self.stragglers.get(site)
+        current = {self.current.number} if self.current is not None else set()
+        return current | ({straggler.round} if straggler is not None else set())
+
+    def stored_update(self, site: str, round_number: int) -> Update | None:
+        """The site's update of this round, while it is kept."""
+        current = self.current
+        if current is not None and current.number == round_number and site in current.reported:
+            return current.reported[site]
+        for late in (self.late.get(site), current.folding.get(site) if current is not None else None):
+            if late is not None and late.asked.round == round_number:
+                return late.update
+        return None
 
     @property
     def best(self) -> RoundRecord | None:
@@ -199,25 +269,33 @@ def needed(state: RunState) -> set[str]:
         if (current := state.current) is not None:
             found |= {current.model, current.released, current.strategy_state, current.new_impressions}
             found |= {update.digest for update in current.reported.values()}
+        found |= held_for_late(state, first_model=True)
     return {digest for digest in found if digest}
 
 
+def held_for_late(state: RunState, *, first_model: bool) -> set[str | None]:
+    """What late updates, those to come included, keep beyond their round; with the run's first model or without."""
+    late = [*state.late.values(), *(state.current.folding.values() if state.current is not None else ())]
+    asked = [*state.stragglers.values(), *(update.asked for update in late)]
+    found: set[str | None] = {update.update.digest for update in late}
+    found |= {task.model for task in asked if first_model or task.round > 1}
+    return found | {task.strategy_state for task in asked}
+
+
 def superseded(before: RunState, after: RunState) -> set[str]:
-    """Digests that the end of a round, or of the run, left behind; empty while the round goes on.
+    """Digests that the end of a round, or of the run, left behind; and at any time what was kept for a late update.
 
     These are the round's updates (the global model holds what they brought), the strategy's state before it, and the
     model that the sites trained from, where another is handed out. The first model is never among them: it may be the
     operator's.
     """
-    if before.current is None and not after.status.final:
-        return set()
-    if (
-        before.current is not None
-        and after.current is not None
-        and after.current.number == before.current.number
-    ):
-        return set()
-    found: set[str | None] = {before.strategy_state, before.model if before.finished else None}
+    found = held_for_late(before, first_model=False)
+    goes_on = before.current is None or (
+        after.current is not None and after.current.number == before.current.number
+    )
+    if goes_on and not after.status.final:
+        return {digest for digest in found if digest} - needed(after) if found else set()
+    found |= {before.strategy_state, before.model if before.finished else None}
     if after.status.final:
         found |= {after.strategy_state, after.model if after.finished else None}
     if (current := before.current) is not None:

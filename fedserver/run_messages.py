@@ -62,13 +62,21 @@ def _phase(state: RunState) -> str:
 
 
 def _site_progress(state: RunState, site: str, session: Session | None) -> admin_pb2.SiteProgress:
-    stage, reason = _site_stage(state.current, state.stage, site, session)
+    stage, reason = _late_or_parked(state, site) or _site_stage(state.current, state.stage, site, session)
     message = admin_pb2.SiteProgress(site=site, stage=stage, reason=reason)
     if session is not None and session.run == state.run and stage == session.progress.stage:
         said = session.progress
         message.done, message.total = said.done, said.total
         message.loss, message.images_per_s = said.loss, said.images_per_s
     return message
+
+
+def _late_or_parked(state: RunState, site: str) -> tuple[str, str] | None:
+    if site in state.parked:
+        return "parked", state.parked[site].reason
+    if site in state.stragglers:
+        return "late", f"still at work on round {state.stragglers[site].round}"
+    return None
 
 
 def _site_stage(current: Round | None, stage: Stage, site: str, session: Session | None) -> tuple[str, str]:

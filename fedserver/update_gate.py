@@ -6,7 +6,7 @@ others'; or if the site says that it trained on far more or fewer images than it
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedcore.errors import LearningError, StorageError, TensorMismatchError
@@ -33,10 +33,10 @@ class _Measured:
 
 
 def examine(
-    request: MergeRequest, gate: GateSection, registered: Mapping[str, int]
+    request: MergeRequest, gate: GateSection, registered: Mapping[str, int], late: Collection[str] = ()
 ) -> dict[str, UpdateVerdict]:
     """A verdict on every update of the request, by site. `registered` are images that sites registered with; a site that
-    is not in it, or registered none, is not held to a number.
+    is not in it, or registered none, is not held to a number. The medians are those of updates that are not `late`.
 
     Every update is read once. Raises StorageError if the global model is damaged.
     """
@@ -46,7 +46,7 @@ def examine(
         _measured(request, update, model, expected, _examples_reason(update.report, gate, registered))
         for update in request.updates
     ]
-    medians = _medians([found.norms for found in measured if not found.reason])
+    medians = _medians([m.norms for m in measured if not m.reason and m.report.site not in late])
     return {
         found.report.site: _verdict(
             found, medians, gate, registered.get(found.report.site) or None, request.round

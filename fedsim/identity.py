@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ def config_hash(
     reference: str = "",
     check_impressions: bool = False,
     attacks: Mapping[str, str] | None = None,
+    late_sites: Collection[str] = (),
 ) -> str:
     """16 hexadecimal digits that name a configuration: plan less its name and defaults, split, device, threads.
 
@@ -43,6 +44,8 @@ def config_hash(
         parts.append("checks impressions")
     if attacks:
         parts.append(["attacks", dict(attacks)])
+    if late_sites:
+        parts.append(["late", sorted(late_sites)])
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

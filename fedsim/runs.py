@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +66,7 @@ def run(
     check_impressions: bool = True,
     command: str = "",
     attacks: Mapping[str, Attack] | None = None,
+    late_sites: Collection[str] = (),
 ) -> Result:
     """Simulate `plan` with the sites of `federation`.
 
@@ -74,7 +75,8 @@ def run(
     `check_impressions` is each site's check of the impressions that it gets (docs/privacy.md).
     `on_round(record, model)` is called after each round; the file `model` is there until it returns. `out`
     keeps the results, with `command` as the way to repeat them; without it they last as long as the Result.
-    torch's settings are put back in the end. `attacks` names sites that send something else than what they trained.
+    torch's settings are put back in the end. `attacks` names sites that send something else than what they trained,
+    `late_sites` those whose update is there only when its round has closed.
 
     A run whose sites or rounds fail ends in the state FAILED or DEGRADED, as in production. Raises PlanError,
     DataError, ComputeError (no such device), ConflictError (`out` holds a run), StorageError.
@@ -94,6 +96,7 @@ def run(
             on_round=on_round,
             check_impressions=check_impressions,
             attacks=attacks,
+            late_sites=late_sites,
         )
         outcome = simulation.perform()
         folder = out if out is not None else Path(tempfile.mkdtemp(prefix="fedsim-"))
@@ -111,6 +114,7 @@ def run(
                 forgetting_rounds=forgetting_rounds,
                 check_impressions=check_impressions,
                 attacks=attacks,
+                late_sites=late_sites,
             ),
             split=split,
             hardware=hardware_name(opened),

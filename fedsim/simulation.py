@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,7 +34,7 @@ from fedserver.compute import ServerCompute
 from fedserver.compute_work import ComputeCommand, ComputeWork
 from fedserver.round_decisions import Presence, World, decide
 from fedserver.round_machine import Evaluate, Synthesise, Train, apply, work
-from fedserver.round_state import RunState
+from fedserver.round_state import RunState, Stage, held_for_late
 from fedserver.strategies import load_strategy
 from fedsim.attacks import Attack, attacked
 from fedsim.forgetting import ForgettingMeter
@@ -93,12 +93,14 @@ class Simulation:
         on_round: OnRound | None,
         check_impressions: bool,
         attacks: Mapping[str, Attack] | None = None,
+        late_sites: Collection[str] = (),
     ) -> None:
         """`folder` takes artifacts and sites' state; it must be empty. Raises DataError, PlanError."""
         self._plan = plan
         self._device = device
         self._check_impressions = check_impressions
         self._attacks = attacks or {}
+        self._late_sites = frozenset(late_sites)
         if self._attacks and plan.transfer.updates != "lossless":
             raise PlanError("plan: transfer.updates must be 'lossless' where sites attack")
         self._compute = {"device": device_option, "threads": device.threads}
@@ -168,6 +170,7 @@ class Simulation:
         state = self._state
         keep = {state.model, state.released, state.strategy_state, best.model if best is not None else None}
         keep |= {record.impressions_digest for record in state.records}
+        keep |= held_for_late(state, first_model=True)
         keep |= {record.model for record in state.records[-2:]}
         for digest in list(self._store.digests()):
             if digest not in keep:
@@ -207,8 +210,17 @@ class Simulation:
     # -- commands -------------------------------------------------------------------------------
 
     def _train(self, command: Train) -> None:
-        site, number = command.site, command.round
-        self._happen(ev.TaskStarted(at=self._clock.wall(), round=number, site=site))
+        site, number, current = command.site, command.round, self._state.current
+        in_time = current is not None and current.number == number and self._state.stage is Stage.TRAINING
+        if in_time:
+            assert current is not None
+            if site in current.slow:  # it delivers when the round has closed
+                return
+            self._happen(ev.TaskStarted(at=self._clock.wall(), round=number, site=site))
+            if site in self._late_sites:
+                at = self._clock.wall()
+                self._happen(ev.SiteLetGo(at=at, round=number, site=site, reason="late", slow=True))
+                return
         needed = [digest for digest in (command.model, command.impressions, command.strategy_state) if digest]
         self._fetch(site, needed)
         self._held[site] = set(needed)
@@ -238,7 +250,7 @@ class Simulation:
             if site in self._attacks:
                 digest = self._attack(site, number, model, out)
             update = self._store.adopt(out, digest)
-            if number >= self._first_measured:
+            if in_time and number >= self._first_measured:
                 self._measure(site, number, model, update)
         except FedimpresError as error:
             out.unlink(missing_ok=True)

@@ -69,6 +69,10 @@ class SiteUpdate:
 
     path: Path
     report: SiteReport
+    # The part of its weight that counts: less than one for an update that came rounds late.
+    share: float = 1.0
+    # Whether the file holds whole tensors, however updates travel.
+    whole: bool = False
 
     @property
     def site(self) -> str:

@@ -23,7 +23,7 @@ from fedserver.compute_work import ComputeCommand, ComputeWork
 from fedserver.journal import Journal
 from fedserver.roster import Roster, Session
 from fedserver.round_decisions import Withheld
-from fedserver.round_driver import RoundDriver, is_training
+from fedserver.round_driver import RoundDriver
 from fedserver.round_machine import Aggregate, Initialise
 from fedserver.round_state import RunState, Stage, Status
 from fedserver.schema import MIGRATIONS
@@ -158,9 +158,9 @@ def test_a_round_from_directive_to_record(tmp_path: Path) -> None:
             assert [directives(session)[-1] for session in sessions] == ["train", "train"]
             updates = [world.artifact(bytes([n])) for n in range(2)]
             for site, digest in zip(SITES, updates, strict=True):
-                assert is_training(driver.view(run).state, 1, site)
+                assert driver.view(run).state.awaits_update(site, 1)
                 await driver.post(run, world.stored(site, digest))
-                assert not is_training(driver.view(run).state, 1, site)
+                assert not driver.view(run).state.awaits_update(site, 1)
             merged = world.artifact(b"n")
             seen: list[Aggregate] = []
             await world.answer(

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from fedcore.errors import ConflictError
 from fedcore.plan import Plan, plan_from_json, validate_plan
-from fedcore.update_verdict import MergeFigures, UpdateVerdict
+from fedcore.update_verdict import FoldedUpdate, MergeFigures, UpdateVerdict
 from fedserver import round_events as ev
 from fedserver.impression_purges import banks, in_use, purged_only
 from fedserver.journal import replay
@@ -728,7 +728,7 @@ def test_a_journal_from_before_updates_were_scored_is_replayed() -> None:
     story.whole_round(1)
     lines = [ev.EVENT.dump_json(event) for event in story.events]
     record = json.loads(json.loads(lines[-2])["record_json"])
-    del record["update_scores"], record["gate"], record["merge"]
+    del record["update_scores"], record["gate"], record["merge"], record["folded"]
     lines[-2] = json.dumps({**json.loads(lines[-2]), "record_json": json.dumps(record)}).encode()
     plan = json.loads(story.state.plan.to_json())
     del plan["evaluation"]
@@ -985,8 +985,8 @@ class RunMachine(RuleBasedStateMachine):
             assert self.plan.min_sites <= record.aggregated <= record.expected
             assert record.aggregated <= len(self.counted[record.round])
             assert len(record.missing) == record.expected - record.aggregated
-            assert record.update_scores is not None
-            assert not set(record.update_scores.after) & set(record.missing)
+            assert (record.update_scores is not None) == (self.plan.evaluation.updates_data is not None)
+            assert record.update_scores is None or not set(record.update_scores.after) & set(record.missing)
 
     @invariant()
     def work_is_never_asked_of_a_run_that_is_over_or_paused(self) -> None:
@@ -1003,3 +1003,83 @@ class RunMachine(RuleBasedStateMachine):
 
 RunMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
 TestRunMachine = RunMachine.TestCase
+
+
+class FoldingMachine(RunMachine):
+    """The same, in a run that folds late updates and parks sites that fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        limits = {
+            "round_deadline_s": 100, "stall_timeout_s": 20, "join_wait_s": 5, "late_updates": "fold", "late_rounds": 2,
+            "park_after": 2, "park_rounds": 1,
+        }  # fmt: skip
+        self.plan = make_plan(rounds=5, limits=limits)
+        self.state = RunState(run="t", plan=self.plan)
+        self.waiting: dict[str, tuple[int, str]] = {}
+
+    def try_event(self, event: ev.Event) -> bool:
+        if isinstance(event, ev.AggregationFinished):
+            (command,) = [c for c in work(self.state) if isinstance(c, Aggregate)]
+            folded = {
+                late.site: FoldedUpdate(round=late.round, share=0.5, verdict=UpdateVerdict(passed=True))
+                for late in command.late
+            }
+            event = event.model_copy(update={"folded": folded})
+        return super().try_event(event)
+
+    @precondition(lambda self: self.state.stragglers)
+    @rule(data=st.data(), works=st.booleans())
+    def straggler_ends(self, data: st.DataObject, works: bool) -> None:
+        site = data.draw(st.sampled_from(sorted(self.state.stragglers)))
+        number = self.state.stragglers[site].round
+        if works:
+            event: ev.Event = ev.UpdateStored(
+                at=self.now, round=number, site=site, digest=f"late-{site}-{number}", payload_bytes=4,
+                report=ev.Report(num_examples=3),
+            )  # fmt: skip
+        else:
+            event = ev.SiteLetGo(at=self.now, round=number, site=site, reason="x")
+        assert self.try_event(event)
+        if works and self.state.stored_update(site, number) is not None:
+            self.counted.setdefault(number, set()).add(site)
+            assert not self.try_event(event), "the same update is not taken twice"
+        self.settle()
+
+    @invariant()
+    def stragglers_are_asked_for_their_round_alone(self) -> None:
+        current = self.state.current
+        asked = [c.site for c in work(self.state) if isinstance(c, Train)]
+        assert len(asked) == len(set(asked))
+        for site, straggler in self.state.stragglers.items():
+            assert straggler.round <= self.state.finished + 1
+            assert straggler.model in needed(self.state)
+            if current is not None and site in current.registered:
+                assert straggler.round == current.number
+                assert site in current.slow
+
+    @invariant()
+    def no_update_is_counted_twice(self) -> None:
+        """An update is in its own round's model or folded into a later one, once."""
+        counted = []
+        for record in self.state.records:
+            counted += [(record.round, site) for site in record.gate if record.gate[site].passed]
+            counted += [(late.round, site) for site, late in record.folded.items()]
+            missing = set(record.missing)
+            counted += [(record.round, site) for site in SITES if site not in missing]
+            assert all(late.round < record.round for late in record.folded.values())
+        assert len(counted) == len(set(counted))
+        pending = [(late.asked.round, site) for site, late in self.state.late.items()]
+        if self.state.stage is not Stage.AGGREGATING and self.state.current is None:
+            assert not set(pending) & set(counted)
+
+    @invariant()
+    def parked_sites_are_not_asked(self) -> None:
+        current = self.state.current
+        if current is not None:
+            assert not set(self.state.parked) & set(current.registered)
+        assert all(parking.until > self.state.finished for parking in self.state.parked.values())
+
+
+FoldingMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestFoldingMachine = FoldingMachine.TestCase

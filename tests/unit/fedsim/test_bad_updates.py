@@ -67,6 +67,23 @@ def test_rules_go_with_strategies_that_keep_state(
     assert run(make_plan(strategy=strategy), five).model_digest != first.model_digest
 
 
+def test_a_site_that_is_always_late_is_folded_in_and_dropped_otherwise(
+    five: Federation, make_plan: MakePlan
+) -> None:
+    folding = make_plan(rounds=4, limits={"late_updates": "fold"})
+    result = run(folding, five, late_sites=["site-2"])
+    assert [list(record.missing) for record in result.records] == [["site-2"]] * 4
+    assert [record.folded.keys() for record in result.records] == [set(), {"site-2"}, {"site-2"}, {"site-2"}]
+    late = result.records[1].folded["site-2"]
+    assert (late.round, late.share, late.verdict.passed) == (1, 0.5, True)
+    assert late.verdict.registered == late.verdict.num_examples
+    assert replay(folding, result.events).records == tuple(result.records)
+    dropped = run(make_plan(rounds=4), five, late_sites=["site-2"])
+    assert dropped.records[0].model == result.records[0].model
+    assert dropped.records[1].model != result.records[1].model
+    assert "parked until round 7" in dropped.records[3].missing["site-2"]
+
+
 def test_attacks_leave_statistics_alone() -> None:
     start = {"w": torch.ones(4), "bn.running_var": torch.ones(2), "n": torch.tensor(1)}
     end = {"w": torch.full((4,), 2.0), "bn.running_var": torch.full((2,), 3.0), "n": torch.tensor(5)}
