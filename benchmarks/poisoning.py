@@ -4,8 +4,8 @@
     python benchmarks/poisoning.py --table          # only the Markdown table of what is there
 
 Eight sites of rebuilt BloodMNIST, two of them bad in every round (`fedsim.attacks`): updates times ten, times minus one,
-NaN, or Gaussian noise of ten times their size. A row is a defence, a column an attack; cells are accuracies of the last
-round's model on about 100 test images of each site, the mean of the seeds. The gate is off but in rows that name it.
+NaN, or Gaussian noise of ten times their size. A row is a defence, a column an attack; cells are accuracies on
+about 100 test images of each site, the mean of the last three rounds and of the seeds. The gate is off but in its rows.
 NaN is refused by every rule, gate or not (and, over the wire, at delivery): plain averaging would have no model at all.
 Prints one JSON object: the mean accuracies by defence and attack.
 """
@@ -36,6 +36,8 @@ SEEDS = (0, 1, 2)
 SITES, IMAGES, ALPHA, ROUNDS = 8, 1500, 1.0, 8
 # At each site.
 TEST_IMAGES = 100
+# Rounds at the end whose accuracy counts: a single one is a matter of luck.
+LAST = 3
 
 NO_GATE = {"check_norm": False, "check_examples": False}
 Defence = Mapping[str, Any]
@@ -43,11 +45,11 @@ Defence = Mapping[str, Any]
 DEFENCES: dict[str, Defence] = {
     "plain averaging": {"gate": NO_GATE},
     "gate": {},
+    "gate, norm_factor 3": {"gate": {"norm_factor": 3.0}},
     "median": {"gate": NO_GATE, "aggregation": {"rule": "median"}},
     "trimmed_mean, 2": {"gate": NO_GATE, "aggregation": {"rule": "trimmed_mean", "tolerate": 2}},
     "multi_krum, 2": {"gate": NO_GATE, "aggregation": {"rule": "multi_krum", "tolerate": 2}},
     "norm_clip": {"gate": NO_GATE, "aggregation": {"rule": "norm_clip"}},
-    "gate and trimmed_mean, 2": {"aggregation": {"rule": "trimmed_mean", "tolerate": 2}},
 }
 
 
@@ -127,7 +129,7 @@ def measure(federation: Federation, plan: Plan, attack: str) -> dict[str, Any]:
     began = time.monotonic()
     result = fedsim.run(plan, federation, forgetting_rounds=0, check_impressions=False, attacks=attacks)
     refused = [site for record in result.records for site, found in record.gate.items() if not found.passed]
-    last = result.records[-1] if len(result.records) == plan.rounds else None
+    last = result.records[-LAST:] if len(result.records) == plan.rounds else []
     ratios = [
         found.ratio or 0.0
         for record in result.records
@@ -135,8 +137,8 @@ def measure(federation: Federation, plan: Plan, attack: str) -> dict[str, Any]:
         if site not in attacks
     ]
     return {
-        "accuracy": last.accuracy if last is not None else None,
-        "balanced_accuracy": last.balanced_accuracy if last is not None else None,
+        "accuracy": statistics.fmean(record.accuracy or 0.0 for record in last) if last else None,
+        "accuracies": [record.accuracy for record in result.records],
         "state": result.state,
         "refused_bad": sum(site in attacks for site in refused),
         "refused_honest": sum(site not in attacks for site in refused),

@@ -344,9 +344,8 @@ class RoundDriver:
 
     def _tell_parked(self, state: RunState) -> None:
         """Say to the sites that a round leaves out why it does."""
-        for site, parking in state.parked.items():
-            if (session := self._roster.sessions.get(site)) is not None:
-                session.send(stop_directive(state.run, parking.reason))
+        for site in state.parked.keys() & self._roster.sessions.keys():
+            self._roster.sessions[site].send(stop_directive(state.run, state.parked[site].reason))
 
     def _new_view(self, submission: Submission, state: RunState) -> RunView:
         view = RunView(submission, state, self._clock.monotonic(), self._clock.wall())

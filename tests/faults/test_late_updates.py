@@ -14,8 +14,7 @@ def test_a_late_update_is_folded_into_the_next_round(federation: Federation) -> 
         with federation.training(plan, late) as run:
             coordinator_held.enter_context(federation.hold_compute("coordinator"))
             wait_until(lambda: "collection_closed" in federation.journal(run), "the round goes on without it")
-            shown = next(p for p in federation.run(run).progress if p.site == late)
-            assert (shown.stage, shown.reason) == ("late", "still at work on round 1")
+            wait_until(lambda: shown(federation, run, late) == ("late", "still at work on round 1"), "late")
         wait_until(lambda: federation.journal(run).count("update_stored") == len(SITES), "the late update")
     assert federation.wait(run).state == "DEGRADED"
     first, second = federation.rounds(run)
@@ -26,3 +25,8 @@ def test_a_late_update_is_folded_into_the_next_round(federation: Federation) -> 
     assert folded["verdict"]["passed"], folded
     assert folded["verdict"]["registered"] == folded["verdict"]["num_examples"] > 0
     assert not list((federation.server_home / "spool").iterdir())
+
+
+def shown(federation: Federation, run: str, site: str) -> tuple[str, str]:
+    """What operators read of a site in a run."""
+    return next((p.stage, p.reason) for p in federation.run(run).progress if p.site == site)
