@@ -24,7 +24,8 @@ _NAME: TypeAdapter[str] = TypeAdapter(Name)
 _RENEWAL = {
     "site": "its agent renews it by itself for 30 days more; later enrol again with a new token: fedagent enroll "
     "--force; the operator makes one: fedctl enroll token create",
-    "operator": "ask whoever runs the coordinator for a new credential: fedserver operator --home DIR --id ID --out DIR",
+    "operator": "ask an owner for a token: fedctl enroll token create --operator ID, then fedctl context enroll; or whoever "
+    "runs the coordinator for a credential: fedserver operator --home DIR --id ID --out DIR",
     "coordinator": "the coordinator renews it when it starts: fedserver serve; check this machine's clock as well",
 }
 _SPIFFE = re.compile(

@@ -62,11 +62,6 @@ class EnrollmentRequests:
         self._limits = limits
         self._clock = clock
 
-    @property
-    def authority(self) -> Authority:
-        """Who signs what is approved."""
-        return self._authority()
-
     def one(self, fingerprint: str) -> RequestRow:
         """The request of a key. Raises NotFoundError if there is none, or it has expired."""
         row = self._database.read(lambda c: _find(c, fingerprint, self._clock()))

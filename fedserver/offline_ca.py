@@ -8,6 +8,8 @@ root      where the root's key is: another root, to replace the present one by
 """
 
 import hmac
+import os
+import pwd
 import shutil
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -45,7 +47,7 @@ from fedcore.pki import (
 from fedcore.private_files import check_private, make_folder, write_file
 from fedserver.authority import read, read_certificate, read_signer, write_signer
 from fedserver.checks import load_home
-from fedserver.config import ServerHome
+from fedserver.config import ServerConfig, ServerHome
 from fedserver.rotation import AuthorityKeeper
 from fedserver.schema import MIGRATIONS
 
@@ -90,9 +92,9 @@ def request_ca(home: Path, out: Path) -> str:
     """Write a request for a new issuing CA to `out`; gives its key's fingerprint. The key stays in the home; one that is
     waiting for its certificate is used again.
 
-    Raises ConfigError for a home that is none.
+    Raises ConfigError for a home that is none, or another user's.
     """
-    config, places = load_home(home), ServerHome(home)
+    config, places = _load_own_home(home), ServerHome(home)
     key_path = places.ca_request / "issuing.key"
     present = spki(read_signer(places.pki, "issuing").key.public_key())
     key = _pending_key(key_path) if key_path.exists() else None
@@ -146,10 +148,10 @@ def install_ca(home: Path, signed: Path, now: datetime, *, new_root: str = "") -
     finished. A coordinator that serves this home takes it over within seconds. `new_root` is the fingerprint of a root
     other than the present one, which is refused if it is not named.
 
-    Raises ConfigError, IdentityError for a certificate that is not of the key in ca-request/, not below its root or not
-    valid now, FingerprintError, ConflictError if a rotation is under way; nothing is changed then.
+    Raises ConfigError as `request_ca`, IdentityError for a certificate that is not of the key in ca-request/, not below
+    its root or not valid now, FingerprintError, ConflictError if a rotation is under way; nothing is changed then.
     """
-    config, places = load_home(home), ServerHome(home)
+    config, places = _load_own_home(home), ServerHome(home)
     certificates = certificates_from_pem(read(signed), str(signed))
     if len(certificates) != 2:
         raise IdentityError(
@@ -175,6 +177,24 @@ def install_ca(home: Path, signed: Path, now: datetime, *, new_root: str = "") -
         database.close()
     shutil.rmtree(places.ca_request, ignore_errors=True)
     return SignedCa(certificate.not_valid_after_utc, key_fingerprint(key.public_key()), fingerprint(root))
+
+
+def _load_own_home(home: Path) -> ServerConfig:
+    """The home's configuration. Raises ConfigError for another user's: root's files would be no use to the service."""
+    config, owner = load_home(home), home.stat().st_uid
+    if owner != os.geteuid():
+        raise ConfigError(
+            f"{home} belongs to user {_user(owner)}, this is {_user(os.geteuid())}",
+            hint=f"run it as that user: runuser -u {_user(owner)} -- fedserver ca ...",
+        )
+    return config
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def _pending_key(path: Path) -> ec.EllipticCurvePrivateKey:

@@ -104,7 +104,7 @@ def test_time_is_checked_on_every_call_although_parsing_is_cached():
     ("role", "advice"),
     [
         ("site", "enrol again with a new token"),
-        ("operator", "ask whoever runs the coordinator"),
+        ("operator", "enroll token create --operator ID"),
         ("coordinator", "renews it when it starts"),
         ("", "clock"),
     ],

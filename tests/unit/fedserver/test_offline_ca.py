@@ -146,6 +146,14 @@ def test_what_is_signed_is_what_the_coordinator_asked_for(world, tmp_path):
         world.sign()
 
 
+def test_the_coordinator_s_files_stay_its_user_s(world, monkeypatch):
+    monkeypatch.setattr(offline_ca.os, "geteuid", lambda: world.home.root.stat().st_uid + 1)
+    for step in (world.ask, lambda: install_ca(world.home.root, world.home.pki / "issuing.crt", NOW)):
+        with pytest.raises(ConfigError, match="belongs to user") as caught:
+            step()
+        assert "runuser -u" in caught.value.hint
+
+
 def test_only_a_fitting_certificate_is_installed(world, tmp_path):
     before = world.files()
     world.ask()
