@@ -11,20 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from urllib.parse import unquote
 
+from fedcore.channel import CALLS
 from fedcore.errors import OverloadedError
 from fedserver.config import LimitsConfig
 
 _BURST_S = 5.0
 _MAX_KEYS = 4096
-# Calls that move tensors.
+# Calls that move tensors: those with a transfer's terms.
 TRANSFERS = frozenset(
-    {
-        "/fedcore.v1.Federation/Fetch",
-        "/fedcore.v1.Federation/Deliver",
-        "/fedcore.v1.Admin/Download",
-        "/fedcore.v1.Admin/UploadModel",
-        "/fedcore.v1.Impressions/PreviewImpressions",
-    }
+    method for method, policy in CALLS.items() if policy == CALLS["/fedcore.v1.Federation/Fetch"]
 )
 
 

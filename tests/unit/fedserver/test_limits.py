@@ -91,5 +91,8 @@ def test_one_host_counts_as_one_address(peer, address):
     assert address_of(peer) == address
 
 
-def test_transfers_are_the_calls_that_have_a_transfer_s_deadline():
-    assert {method for method, policy in CALLS.items() if policy.deadline_s == 3600} == TRANSFERS
+def test_transfers_are_the_calls_that_move_tensors_and_no_watches():
+    moving = ("Federation/Fetch", "Federation/Deliver", "Admin/Download", "Admin/UploadModel")
+    assert {f"/fedcore.v1.{name}" for name in moving} <= TRANSFERS
+    assert all(CALLS[method].deadline_s is not None for method in TRANSFERS)
+    assert "/fedcore.v1.Federation/Directives" not in TRANSFERS
