@@ -300,7 +300,8 @@ restart_running() {
     live || return 0
     for role in $(installed_roles); do
         unit=$(unit_of "$role")
-        systemctl --quiet is-enabled "$unit.service" || systemctl --quiet is-active "$unit.service" || continue
+        # What was stopped on purpose stays so; what failed may be why this is done.
+        case $(systemctl is-active "$unit.service") in inactive | unknown) continue ;; esac
         systemctl restart "$unit.service" ||
             die "$unit does not come up under release $(release_at current)" \
                 "journalctl -u $unit -n 50 says why; $BASE/current/deploy/install.sh rollback goes back"

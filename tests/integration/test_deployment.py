@@ -21,6 +21,7 @@ from fedctl.demo_plan import to_toml
 from tests.federation_fixture import CLASSES, digits_plan, wait_until
 from tests.foreign_certificate import write_foreign_certificate
 from tests.machines import Machine, machines, why_not
+from tests.stub_bundle import stub_bundle
 from tests.systemd_analyze import MOST_EXPOSED, exposure_in
 
 pytestmark = [
@@ -262,6 +263,21 @@ def test_upgrade_rollback_and_uninstall(lab: Lab) -> None:
     assert machine.run("systemctl", "cat", "fedserver").code != 0
     assert machine.do("ls", "/opt").out == ""
     assert machine.do("ls", f"{HOMES['fedserver']}/fedserver.toml").code == 0
+
+
+def test_an_upgrade_leaves_what_was_stopped_and_tells_what_does_not_come_up() -> None:
+    with machines("site") as (shared, running):
+        machine = running["site"]
+        for version in ("1.0", "1.1"):
+            stub_bundle(shared / version, version)
+        machine.do("/mnt/1.0/deploy/install.sh", "agent", timeout_s=600)
+        machine.do("/mnt/1.1/deploy/install.sh", "upgrade", timeout_s=600)
+        assert machine.run("systemctl", "is-active", "fedagent").out.strip() == "inactive"
+        assert machine.run("systemctl", "start", "fedagent").code != 0  # the stub never says READY
+        back = machine.run("/opt/fedimpres/current/deploy/install.sh", "rollback", timeout_s=600)
+        assert back.code == 1
+        assert "current is release 1.0 (before: 1.1)" in back.out
+        assert "fedagent does not come up under release 1.0" in back.err
 
 
 def fence(machine: Machine, peer: str, *ports: int) -> None:

@@ -1,14 +1,13 @@
 """install.sh below a folder of its own, from a bundle whose wheel is a stub: roles, upgrade, rollback, uninstall."""
 
-import hashlib
 import os
 import shutil
 import subprocess
-import zipfile
 from pathlib import Path
 
 import pytest
 
+from tests.stub_bundle import stub_bundle
 from tests.systemd_analyze import MOST_EXPOSED, exposure, faults
 
 ROOT = Path(__file__).parents[3]
@@ -27,31 +26,6 @@ def _able() -> bool:
 able = pytest.mark.skipif(not _able(), reason="needs root, systemd's tools and a system Python with venv")
 
 
-def bundle(folder: Path, version: str) -> Path:
-    """A bundle as bundle.sh lays it out, without what is heavy."""
-    (folder / "wheels").mkdir(parents=True)
-    wheel = folder / "wheels" / f"fedimpres-{version}-py3-none-any.whl"
-    info = f"fedimpres-{version}.dist-info"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for module in ("torch", "fedserver/cli", "fedagent/cli", "fedctl/app"):
-            archive.writestr(f"{module}.py", "def main():\n    print(__file__)\n")
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: fedimpres\nVersion: {version}\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(
-            f"{info}/entry_points.txt",
-            "[console_scripts]\nfedserver = fedserver.cli:main\nfedagent = fedagent.cli:main\nfedctl = fedctl.app:main\n",
-        )
-        archive.writestr(f"{info}/RECORD", "")
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    (folder / "requirements.txt").write_text(f"fedimpres=={version} --hash=sha256:{digest}\n")
-    (folder / "VERSION").write_text(f"{version}\n")
-    shutil.copytree(ROOT / "deploy", folder / "deploy")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sums = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  ./{p.relative_to(folder)}\n" for p in files]
-    (folder / "SHA256SUMS").write_text("".join(sums))
-    return folder / "deploy" / "install.sh"
-
-
 def install(script: Path, *words: str, code: int = 0) -> str:
     done = subprocess.run([script, *words], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == code, (words, done.stdout, done.stderr)
@@ -60,7 +34,11 @@ def install(script: Path, *words: str, code: int = 0) -> str:
 
 @able
 def test_roles_upgrade_rollback_and_uninstall(tmp_path):
-    root, old, new = tmp_path / "root", bundle(tmp_path / "old", "1.0"), bundle(tmp_path / "new", "1.1")
+    root, old, new = (
+        tmp_path / "root",
+        stub_bundle(tmp_path / "old", "1.0"),
+        stub_bundle(tmp_path / "new", "1.1"),
+    )
     base, units = root / "opt/fedimpres", root / "etc/systemd/system"
     below = ("--root", str(root))
 
@@ -112,7 +90,7 @@ def test_roles_upgrade_rollback_and_uninstall(tmp_path):
 
 @able
 def test_a_damaged_bundle_changes_nothing(tmp_path):
-    script = bundle(tmp_path / "made", "1.0")
+    script = stub_bundle(tmp_path / "made", "1.0")
     root = tmp_path / "root"
     beside = tmp_path / "made/wheels/torch-9-py3-none-any.whl"
     beside.write_bytes(b"")
