@@ -14,7 +14,10 @@ from fedserver.redaction import forms_of_key
 from tests.federation_fixture import PROBE, SITES, Federation, digits_plan, wait_until
 
 pytestmark = pytest.mark.slow
-IMPRESSING = digits_plan(rounds=3, strategy="fedimpres", strategy_options={"steps": 2, "gate": False})
+# A seed of its own: no agent has this first model from an earlier run.
+IMPRESSING = digits_plan(
+    seed=1711, rounds=3, strategy="fedimpres", strategy_options={"steps": 2, "gate": False}
+)
 
 
 def facts(federation: Federation, expect: int) -> dict[str, dict[str, object]]:
@@ -139,8 +142,10 @@ def test_a_run_is_foretold_told_exported_and_repeated_from_its_export(federation
 
 def test_a_debug_bundle_holds_no_key_no_token_and_no_image(federation: Federation) -> None:
     tokens = [said.json["token"] for what, said in federation.journey.items() if what.startswith("token")]
+    tokens.append(federation.ctl("enroll", "token", "create", "--site", PROBE, "-o", "json").json["token"])
     keys = sorted(federation.root.rglob("*.key"))
-    assert (len(keys) >= 9, len(tokens)) == (True, 5)
+    assert len(keys) >= 9
+    assert len(tokens) >= 2
     # What should never happen: an operator pastes secrets where they are logged and journalled.
     ours = federation.server_home / "pki" / "issuing.key"
     pasted = f"{keys[0].read_text().splitlines()[1]} {ours.read_text().splitlines()[2]} {tokens[0]}"
