@@ -264,18 +264,17 @@ class AgentDriver:
 
     async def _purge(self, order: federation_pb2.PurgeImpressions) -> None:
         """Take purged impressions from the task that uses them, delete them, and say so."""
-        working, gone = self._state.working, set(order.digests)
-        if working is not None and self._present is not None and _impressions_of(self._present) in gone:
-            newest, work = self._directives.get(working), self._work.get(working)
-            if newest is None or _impressions_of(newest) in gone:
-                self._step(
-                    *machine.stopped(self._state, working.run)
-                )  # the coordinator asks again, without them
-            elif work is not None:
-                work.cancel()  # begins again, with what it was asked for last
+        gone = set(order.digests)
+        working, wanted = self._state.working, self._state.wanted
+        uses = self._present is not None and _impressions_of(self._present) in gone
+        work = self._work.get(working) if working is not None and uses else None
+        newest = (self._directives.get(wanted) or self._present) if wanted is not None else None
+        if wanted is not None and newest is not None and _impressions_of(newest) in gone:
+            # The coordinator asks again, without them. If it has done so already, that task is the one wanted.
+            self._step(*machine.stopped(self._state, wanted.run))
+        if working is not None and work is not None:
             log.warning("task gives up purged impressions", run=working.run, round=working.round)
-            if work is not None:
-                await asyncio.gather(work, return_exceptions=True)
+            await asyncio.gather(work, return_exceptions=True)
         answer = await self._purging.carry_out(order)
         if answer is not None:
             self.send(federation_pb2.AgentMessage(impressions_purged=answer))

@@ -45,6 +45,8 @@ def merge_round(
     with _rebased(request, plan, late) as (rebased, broken):
         labels = {update.site for update in rebased}
         known = {**registered, **{found.label: found.registered_examples for found in late}}
+        if plan.model.name == "noop":  # trains on no image, so its count says nothing
+            known = {}
         verdicts = {
             **broken,
             **examine(replace(request, updates=[*request.updates, *rebased]), plan.gate, known, labels),

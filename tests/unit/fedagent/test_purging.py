@@ -117,10 +117,11 @@ def test_what_can_not_be_done_or_recorded_is_not_confirmed(
 
 
 class Busy:
-    """Tasks that last until they are withdrawn."""
+    """Tasks that last until they are withdrawn, and then until they are let go: to stop takes time."""
 
     def __init__(self, held: HeldImpressions) -> None:
         self.held = held
+        self.let_go = asyncio.Event()
         self.begun: list[str] = []
         self.ended_with: list[list[str]] = []
 
@@ -129,6 +130,7 @@ class Busy:
         try:
             await asyncio.Event().wait()
         finally:
+            await self.let_go.wait()
             self.ended_with.append(self.held.digests())
 
 
@@ -150,6 +152,9 @@ def test_a_task_that_trains_on_them_gives_them_up_first(site: Site, asked_anew: 
         if asked_anew:
             driver._obey(train(""))
         driver._obey(federation_pb2.Directive(purge_impressions=site.order(site.bank)))
+        await asyncio.sleep(0.01)
+        assert site.bank in site.store, "the task has not ended yet"
+        tasks.let_go.set()
         async with asyncio.timeout(10):
             await asyncio.gather(*driver._purges)
         assert site.bank in tasks.ended_with[0], "the task ends before the file goes"
