@@ -20,19 +20,22 @@ from fedagent.purging import Purging
 from fedagent.renewal import Renewal
 from fedagent.shared_log import LogRing, SharedLog
 from fedagent.status_file import StatusBoard
-from fedagent.tasks import Tasks
+from fedagent.tasks import Send, Tasks
 from fedagent.throttle import throttle_of
 from fedagent.transfer import Transfers
 from fedcore import lifeline as lifelines
 from fedcore.artifact_store import ArtifactStore
 from fedcore.channel import open_channel
+from fedcore.clock import SystemClock
 from fedcore.compute_host import ComputeHost
 from fedcore.config import load_config
 from fedcore.credential import load_credential, split_address
 from fedcore.errors import ConfigError, FedimpresError, ForeignCertificateError
 from fedcore.home_lock import HomeLock
 from fedcore.logs import configure_logs
+from fedcore.metrics_port import Page, metrics_port
 from fedcore.service_manager import ServiceManager
+from fedcore.v1 import federation_pb2
 
 log = structlog.get_logger(__name__)
 
@@ -72,23 +75,43 @@ async def _serve(
     audit_file = open_site_audit(places.audit)
     audit = SiteAudit(audit_file)
     purging = Purging(HeldImpressions(places.artifacts), audit)
+    board = StatusBoard(places.status, site, manager.status)
     driver = AgentDriver(
         site,
         lambda: open_channel(places.credential, proxy=config.proxy),
         config.reconnect_max_s,
         threads,
         gate=SiteGate(places.paused, policy),
-        board=StatusBoard(places.status, site, manager.status),
+        board=board,
         explain=lambda error: _look_at_line(error, places, config.proxy),
         audit=audit,
         shared_log=shared_log,
         purging=purging,
     )
     transfers = Transfers(site, store, driver.stub, throttle_of(policy.bandwidth_mbit_s), audit=audit)
-    tasks = Tasks(site, places, config, compute, store, transfers, driver.send, policy)
+    page, send = _metrics(config, places, driver, board, transfers)
+    tasks = Tasks(site, places, config, compute, store, transfers, send, policy)
     log.info("agent starts", site=site, home=str(places.root))
     renewal = Renewal(places.credential, config.proxy, driver.certificates, driver.reconnect)
     driver.when_asked_to_renew(renewal.hurry)
+    try:
+        async with metrics_port(config.metrics.port, page):
+            failed = await _serve_until(stop, driver, tasks, renewal, compute, manager)
+    finally:
+        audit_file.close()
+    log.info("agent stopped", site=site)
+    return 1 if failed else 0
+
+
+async def _serve_until(
+    stop: asyncio.Event,
+    driver: AgentDriver,
+    tasks: Tasks,
+    renewal: Renewal,
+    compute: ComputeHost,
+    manager: ServiceManager,
+) -> bool:
+    """Work until told to stop. Returns whether it ended for another reason."""
     serving = asyncio.create_task(driver.serve(tasks))
     renewing = asyncio.create_task(renewal.serve())
     stopping = asyncio.create_task(stop.wait())
@@ -107,10 +130,28 @@ async def _serve(
                 await work
     finally:
         await compute.close()
-        audit_file.close()
         watchdog.cancel()
-    log.info("agent stopped", site=site)
-    return 1 if failed else 0
+    return failed
+
+
+def _metrics(
+    config: AgentConfig, places: AgentHome, driver: AgentDriver, board: StatusBoard, transfers: Transfers
+) -> tuple[Page | None, Send]:
+    """The page of metrics, None unless it is asked for; and how tasks send messages, so that metrics hear of them."""
+    if config.metrics.port is None:
+        return None, driver.send
+    from fedagent.metrics import AgentMetrics, Seen
+    from fedcore.metrics_page import MetricsPage, new_registry
+
+    registry = new_registry()
+    seen = Seen(lambda: board.status, lambda: driver.working, transfers, places.root, places.credential)
+    metrics = AgentMetrics(seen, registry)
+
+    def send(message: federation_pb2.AgentMessage) -> None:
+        metrics.said(message)
+        driver.send(message)
+
+    return MetricsPage(registry, metrics.look, SystemClock()), send
 
 
 def _look_at_line(

@@ -6,6 +6,7 @@ from pathlib import Path
 from pydantic import Field
 
 from fedcore.config import ConfigSection
+from fedcore.metrics_port import MetricsConfig
 from fedcore.plan import Options
 
 
@@ -55,6 +56,7 @@ class AgentConfig(ConfigSection):
     compute: ComputeConfig = ComputeConfig()
     policy: PolicyConfig = PolicyConfig()
     privacy: PrivacyConfig = PrivacyConfig()
+    metrics: MetricsConfig = MetricsConfig()
     # HTTP CONNECT proxy, "http://HOST:PORT"; the environment's is never used.
     proxy: str | None = None
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")

@@ -94,6 +94,11 @@ class AgentDriver:
             raise UnreachableError("not connected to the coordinator")
         return certificates_pb2_grpc.CertificatesStub(self._channel)
 
+    @property
+    def working(self) -> Task | None:
+        """The task in progress."""
+        return self._state.working
+
     def when_asked_to_renew(self, renew: Callable[[], None]) -> None:
         """Call `renew` when the coordinator asks for a renewal: the federation moves to another CA."""
         self._on_renewal_asked = renew

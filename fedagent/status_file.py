@@ -47,6 +47,11 @@ class StatusBoard:
         self._status = AgentStatus(site=site, since=datetime.now(UTC))
         self._write()
 
+    @property
+    def status(self) -> AgentStatus:
+        """What was said last."""
+        return self._status
+
     def update(self, **changes: Any) -> None:
         """Change fields; nothing is written if nothing differs."""
         texts = {k: printable(v, _MAX_TEXT) if isinstance(v, str) else v for k, v in changes.items()}

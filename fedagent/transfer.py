@@ -65,6 +65,8 @@ class Transfers:
         self._throttle = throttle or Throttle(None)
         self._audit = audit
         self._verified: set[str] = set()
+        # Payload moved since the start, what was moved again included.
+        self.fetched_bytes = self.delivered_bytes = 0
         self._partial = store.root / "partial"
         self._partial.mkdir(exist_ok=True)
 
@@ -144,6 +146,7 @@ class Transfers:
                         raise TruncatedStreamError(f"{self._site}: partial file does not fit, starting again")
                     continue
                 await asyncio.to_thread(sink.write, part.chunk.offset, part.chunk.data)
+                self.fetched_bytes += len(part.chunk.data)
                 moved(sink.offset, ref.payload_bytes)
                 await self._throttle.passed(len(part.chunk.data))
             if sink is None:
@@ -191,6 +194,7 @@ class Transfers:
             while (data := await asyncio.to_thread(next, chunks, None)) is not None:
                 await self._throttle.passed(len(data))
                 sent += len(data)
+                self.delivered_bytes += len(data)
                 yield RawChunk(offset, data)
                 offset += len(data)
                 moved(offset, manifest.payload_bytes)

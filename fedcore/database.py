@@ -40,6 +40,11 @@ class Database:
         self._died: StorageError | None = None
         self._thread = threading.Thread(target=self._run, name=f"writer {path.name}", daemon=True)
 
+    @property
+    def waiting(self) -> int:
+        """How many writes wait for the writer."""
+        return self._queue.qsize()
+
     async def write(self, fn: Callable[[sqlite3.Connection], T]) -> T:
         """Run `fn` in the writer thread and give its result once it is durable.
 

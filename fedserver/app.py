@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -24,6 +25,7 @@ from fedcore.errors import ConfigError, StorageError
 from fedcore.home_lock import HomeLock
 from fedcore.logs import configure_logs
 from fedcore.memory import use_one_malloc_arena
+from fedcore.metrics_port import Page, metrics_port
 from fedcore.plan import Plan
 from fedcore.service_manager import ServiceManager
 from fedcore.v1 import (
@@ -85,6 +87,9 @@ from fedserver.turns import Turns
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
+if TYPE_CHECKING:
+    from fedserver.run_meter import RunMeter
+
 _TRANSFER_THREADS = 8
 _DRAIN_S = 2.0
 _LOOK_S = 0.5
@@ -119,6 +124,8 @@ class Coordinator:
     log_tail: LogTail
     pool: ThreadPoolExecutor
     turns: Turns
+    # None unless metrics are asked for.
+    meter: "RunMeter | None"
 
 
 def run(home: Path, lifeline: int | None) -> int:
@@ -151,6 +158,14 @@ async def _serve(
     sweep(parts.store, [view.state for view in parts.driver.views()])
     await parts.own.prepare()
     await parts.audit.record(Fact("coordinator.start", "coordinator", detail={"version": software_version()}))
+    async with metrics_port(config.metrics.port, _metrics_page(parts, database)):
+        return await _serve_until(stop, parts, places, database, manager)
+
+
+async def _serve_until(
+    stop: asyncio.Event, parts: Coordinator, places: ServerHome, database: Database, manager: ServiceManager
+) -> int:
+    config = parts.config
     servers = await _start_servers(parts, places, database)
     driving = asyncio.create_task(_drive(parts, manager))
     renewing = asyncio.create_task(parts.own.serve())
@@ -211,8 +226,9 @@ def _assemble(places: ServerHome, config: ServerConfig, database: Database, log_
     certificates = Certificates(database, keeper.current)
     own = OwnCertificate(places.credential, config.host, certificates)
     work = ComputeWork(compute, store, clock, config.compute.model_dump())
+    meter = _run_meter(config)
     driver = RoundDriver(
-        Journal(database),
+        Journal(database, meter.recorded if meter is not None else None),
         store,
         roster,
         work,
@@ -251,7 +267,28 @@ def _assemble(places: ServerHome, config: ServerConfig, database: Database, log_
         log_tail,
         pool,
         turns,
+        meter,
     )
+
+
+def _run_meter(config: ServerConfig) -> "RunMeter | None":
+    if config.metrics.port is None:
+        return None
+    from fedcore.metrics_page import new_registry
+    from fedserver.run_meter import RunMeter
+
+    return RunMeter(new_registry())
+
+
+def _metrics_page(parts: Coordinator, database: Database) -> Page | None:
+    if parts.meter is None:
+        return None
+    from fedcore.metrics_page import MetricsPage
+    from fedserver.metrics import CoordinatorMetrics, Seen
+
+    seen = Seen(parts.facts, parts.driver, parts.roster, parts.registry, database)
+    metrics = CoordinatorMetrics(seen, SystemClock(), parts.meter)
+    return MetricsPage(parts.meter.registry, metrics.look, SystemClock())
 
 
 def _expected_sites(registry: Registry) -> Callable[[Plan], tuple[str, ...]]:

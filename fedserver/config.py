@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from fedcore.config import ConfigSection
+from fedcore.metrics_port import MetricsConfig
 from fedcore.plan import Name
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -88,6 +89,7 @@ class ServerConfig(ConfigSection):
     admission: AdmissionConfig = AdmissionConfig()
     limits: LimitsConfig = LimitsConfig()
     certificates: CertificatesConfig = CertificatesConfig()
+    metrics: MetricsConfig = MetricsConfig()
 
 
 @dataclass(frozen=True, slots=True)

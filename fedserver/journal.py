@@ -1,18 +1,22 @@
 """The journal of runs: what was submitted and everything that happened since, in SQLite. Replaying it is recovery."""
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from pydantic import ValidationError
 
+from fedcore.clock import Clock, SystemClock
 from fedcore.database import Database
 from fedcore.errors import ConflictError, FedimpresError, StorageError
 from fedcore.plan import Plan, plan_from_json
 from fedserver.round_events import EVENT, Event
 from fedserver.round_machine import apply
 from fedserver.round_state import RunState
+
+# Facts that have become durable, and the seconds that it took.
+Recorded = Callable[[Sequence[tuple[str, Event]], float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +32,14 @@ class Submission:
 
 
 class Journal:
-    """Submissions and events. An event is durable when `append` returns."""
+    """Submissions and events. An event is durable when `append` returns; `recorded` is told then, and how long it took."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(
+        self, database: Database, recorded: Recorded | None = None, clock: Clock | None = None
+    ) -> None:
         self._database = database
+        self._recorded = recorded
+        self._clock = clock or SystemClock()
 
     async def submit(self, run: str, plan: Plan, *, request_id: str | None, submitted_by: str) -> Submission:
         """Record a submission and return it; the one recorded before, if the same request was.
@@ -86,7 +94,10 @@ class Journal:
         def write(connection: sqlite3.Connection) -> None:
             connection.executemany("INSERT INTO journal (run, at, kind, body) VALUES (?, ?, ?, ?)", rows)
 
+        began = self._clock.monotonic()
         await self._database.write(write)
+        if self._recorded is not None:
+            self._recorded(events, self._clock.monotonic() - began)
 
     def events(self, run: str) -> list[Event]:
         """Everything that happened to a run, in order. Raises StorageError if a record can't be read."""

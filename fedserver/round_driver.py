@@ -90,7 +90,7 @@ class RoundDriver:
         self._mailbox: asyncio.Queue[_Posted | None] = asyncio.Queue()
         self._computing: dict[ComputeCommand, asyncio.Task[None]] = {}
         self._changed = asyncio.Condition()
-        self._bytes_down = 0
+        self.sent_bytes = self._sent_before_round = 0
         self._drain: Drain | None = None
         # When each fact that is not durable yet was posted.
         self._unrecorded: dict[asyncio.Future[RunState], float] = {}
@@ -212,8 +212,8 @@ class RoundDriver:
         raise NotFoundError(f"{site}: artifact {digest[:64]!r} is not part of its present work")
 
     def count_down(self, sent_bytes: int) -> None:
-        """Count bytes sent to sites in the round under way."""
-        self._bytes_down += sent_bytes
+        """Count bytes sent to sites."""
+        self.sent_bytes += sent_bytes
 
     # -- the loop -------------------------------------------------------------------------------
 
@@ -321,7 +321,7 @@ class RoundDriver:
             wall=self._clock.wall(),
             stage_since=view.stage_since,
             sites=self._roster.presence(unable, self._withheld()),
-            bytes_down=self._bytes_down,
+            bytes_down=self.sent_bytes - self._sent_before_round,
             held=self._drain.says if self._drain is not None else "",
         )
 
@@ -329,7 +329,7 @@ class RoundDriver:
         for run, event in recorded:
             _log_event(run, event)
             if isinstance(event, ev.RoundOpened):
-                self._bytes_down = 0
+                self._sent_before_round = self.sent_bytes
                 self._tell_parked(states[run])
         for run in {run for run, _ in recorded}:
             view = self._views[run]
