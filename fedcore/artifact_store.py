@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedcore.durability import sync_file
-from fedcore.errors import NotFoundError, StorageError
+from fedcore.errors import DiskError, NotFoundError
 from fedcore.tensor_stream import check_digest_form
 
 
@@ -47,7 +47,7 @@ class ArtifactStore:
     def adopt(self, path: Path, digest: str, *, durable: bool = True) -> Path:
         """Move a whole file into the store under its digest; with `durable`, it survives a power cut.
 
-        The digest is the caller's word: whoever wrote the file hashed it. Raises StorageError.
+        The digest is the caller's word: whoever wrote the file hashed it. Raises DiskError.
         """
         target = self.path(digest)
         try:
@@ -58,7 +58,7 @@ class ArtifactStore:
             if durable:
                 _fsync(target.parent)
         except OSError as error:
-            raise StorageError(
+            raise DiskError(
                 f"{target}: can't be stored: {error}", hint="free disk space or mend the disk"
             ) from error
         return target

@@ -9,6 +9,7 @@ The end of stdin ends the process at once, whatever it computes: nothing outlive
 print to stdout goes to stderr, so that it can't break the protocol.
 """
 
+import errno
 import faulthandler
 import json
 import os
@@ -21,9 +22,11 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
-from fedcore.errors import FedimpresError, InternalError
+from fedcore.errors import DiskError, FedimpresError, InternalError
 
 BEAT_S = 5.0
+# What a disk answers that is full, beyond a quota or a limit, read-only or failing.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class Cancelled(Exception):  # noqa: N818 - an interruption, not an error
@@ -120,6 +123,10 @@ class _Worker:
         except Exception as error:
             traceback.print_exc()
             text = f"{type(error).__name__}: {error}"
+            if isinstance(error, OSError) and error.errno in _DISK:
+                return {
+                    "error": {"code": DiskError.code, "message": text, "hint": "free space or mend the disk"}
+                }
             return {
                 "error": {"code": "compute_failed", "message": text, "hint": "see the log for the traceback"}
             }

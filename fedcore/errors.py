@@ -29,6 +29,7 @@ FedimpresError
 ├── AuditError               an audit log was tampered with
 ├── BackupError              a backup is damaged, cut, or not for this key
 ├── StorageError             a database or artifact file is damaged, locked or full
+│   └── DiskError            the disk took no more: full, read-only or failing
 └── InternalError            our own bug
 
 An exception names who, what, expected and got; its `hint` says what to do. `code` is stable and has
@@ -223,6 +224,12 @@ class StorageError(FedimpresError):
     """A database or an artifact file is damaged, locked or full."""
 
     code = "storage"
+
+
+class DiskError(StorageError):
+    """The disk took no more: it is full, read-only or failing. What was to be written is not there."""
+
+    code = "disk"
 
 
 class InternalError(FedimpresError):

@@ -76,6 +76,7 @@ TABLE: dict[type[e.FedimpresError], ErrorMapping] = {
     e.AuditError: ErrorMapping(_S.DATA_LOSS, 1),
     e.BackupError: ErrorMapping(_S.DATA_LOSS, 1),
     e.StorageError: ErrorMapping(_S.INTERNAL, 1, "the coordinator's storage failed; its log says more"),
+    e.DiskError: ErrorMapping(_S.INTERNAL, 1, "the coordinator's disk took no more; its log says more"),
     e.InternalError: ErrorMapping(_S.INTERNAL, EXIT_BUG, _BUG),
 }
 

@@ -137,7 +137,7 @@ class TensorSink:
                 f"{self._who}: chunk ends at byte {end}, not a multiple of {_ALIGNMENT}"
             )
         self._check_finite(offset, data)
-        self._file.write(data)
+        self._write(data)
         self._hash.update(data)
         self.offset = end
 
@@ -186,9 +186,15 @@ class TensorSink:
     def _start_afresh(self) -> int:
         self._file.seek(0)
         self._file.truncate()
-        self._file.write(self._header)
+        self._write(self._header)
         self._hash = hashlib.sha256(self._header)
         return 0
+
+    def _write(self, data: bytes) -> None:
+        """Write all of it: a disk that is all but full takes a part of a write without an error."""
+        view = memoryview(data)
+        while view:
+            view = view[self._file.write(view) :]
 
     def _prepare_finite_check(self) -> None:
         end = 0

@@ -56,6 +56,7 @@ from fedserver.grants import Grants
 from fedserver.health_facts import HealthFacts, Watched
 from fedserver.interceptors import edge_interceptors
 from fedserver.journal import Journal
+from fedserver.journal_end import JournalEnd
 from fedserver.limits import Limits
 from fedserver.log_tail import LogTail
 from fedserver.own_certificate import OwnCertificate
@@ -154,10 +155,13 @@ async def _serve(
         lifelines.watch(lifeline, lambda: loop.call_soon_threadsafe(stop.set))
     manager = ServiceManager.from_environment()
     parts = _assemble(places, config, database, log_tail)
+    lost = JournalEnd(places.journal_end).lost(database)
     parts.driver.recover()
     sweep(parts.store, [view.state for view in parts.driver.views()])
     await parts.own.prepare()
     await parts.audit.record(Fact("coordinator.start", "coordinator", detail={"version": software_version()}))
+    if lost:
+        await parts.audit.record(Fact("journal.lost", "coordinator", detail={"records": lost}))
     async with metrics_port(config.metrics.port, _metrics_page(parts, database)):
         return await _serve_until(stop, parts, places, database, manager)
 
@@ -228,7 +232,11 @@ def _assemble(places: ServerHome, config: ServerConfig, database: Database, log_
     work = ComputeWork(compute, store, clock, config.compute.model_dump())
     meter = _run_meter(config)
     driver = RoundDriver(
-        Journal(database, meter.recorded if meter is not None else None),
+        Journal(
+            database,
+            meter.recorded if meter is not None else None,
+            end=JournalEnd(places.journal_end),
+        ),
         store,
         roster,
         work,

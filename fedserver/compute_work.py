@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from fedcore.artifact_store import ArtifactStore
 from fedcore.clock import Clock
 from fedcore.compute_host import ComputeHost, Progress
-from fedcore.errors import ComputeError, FedimpresError, OverloadedError
+from fedcore.errors import ComputeError, DiskError, FedimpresError, OverloadedError
 from fedcore.plan import Plan, describe_problems
 from fedcore.plan_forecast import Sizes
 from fedserver import round_events as ev
@@ -54,7 +54,10 @@ class ComputeWork:
     async def perform(
         self, state: RunState, command: ComputeCommand, initial: str | None, on_progress: Progress
     ) -> ev.Event:
-        """Do a command; failures become events, only cancellation is raised."""
+        """Do a command; failures become events.
+
+        Raises DiskError, beside cancellation: the command is as good as not begun.
+        """
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return await self._attempt(state, command, initial, on_progress)
@@ -66,6 +69,8 @@ class ComputeWork:
                 )
                 if attempt == ATTEMPTS:
                     return self.failed(command, error.message)
+            except DiskError:
+                raise
             except FedimpresError as error:
                 return self.failed(command, error.message)
         raise AssertionError("unreachable")
@@ -121,10 +126,13 @@ class ComputeWork:
     async def _aggregate(
         self, command: Aggregate, plan: str, num_sites: int, out: Path, on_progress: Progress
     ) -> ev.Event:
+        if missing := {site: "missing" for site, digest, _ in command.updates if digest not in self._store}:
+            return self._lost(command, missing)
         updates = [
-            {"site": site, "path": str(self._store.find(digest)), "report": report.model_dump()}
+            {"site": site, "path": str(self._store.path(digest)), "report": report.model_dump()}
             for site, digest, report in command.updates
         ]
+        reading = asyncio.create_task(self._damaged(command))
         state_out, released_out = self._store.new_path(), self._store.new_path()
         try:
             result = await self._run(
@@ -135,6 +143,8 @@ class ComputeWork:
                 registered_examples=dict(command.registered_examples),
                 late=[self._late(late) for late in command.late],
             )  # fmt: skip
+            if damaged := await reading:
+                return self._lost(command, damaged)
             if result["digest"] is None:
                 return ev.AggregationFailed(
                     at=self._clock.wall(),
@@ -149,6 +159,7 @@ class ComputeWork:
             if result["released_digest"] is not None:
                 self._store.adopt(released_out, result["released_digest"])
         finally:
+            reading.cancel()
             state_out.unlink(missing_ok=True)
             released_out.unlink(missing_ok=True)
         return ev.AggregationFinished(
@@ -162,6 +173,26 @@ class ComputeWork:
             verdicts=result["verdicts"],
             merge=result["merge"],
             folded=result["folded"],
+        )
+
+    async def _damaged(self, command: Aggregate) -> dict[str, str]:
+        """The sites whose stored updates are not what arrived: read again while they are merged."""
+        sites = [site for site, _, _ in command.updates]
+        intact = await asyncio.gather(
+            *(asyncio.to_thread(self._store.intact, digest) for _, digest, _ in command.updates)
+        )
+        return {site: "damaged" for site, whole in zip(sites, intact, strict=True) if not whole}
+
+    def _lost(self, command: Aggregate, how: dict[str, str]) -> ev.Event:
+        """The aggregation that failed because stored updates are gone: their sites are asked again."""
+        reasons = {
+            site: f"{site} round {command.round}: its update is {what} on the coordinator's disk"
+            for site, what in how.items()
+        }
+        log.error("stored updates are lost", round=command.round, lost=how)
+        reason = "; ".join(reasons.values())
+        return ev.AggregationFailed(
+            at=self._clock.wall(), round=command.round, reason=reason, rejected=reasons
         )
 
     async def _score_updates(

@@ -129,6 +129,11 @@ class ServerHome:
         return self.root / "fedserver.db"
 
     @property
+    def journal_end(self) -> Path:
+        """The number of the journal's last record."""
+        return self.root / "journal-end"
+
+    @property
     def artifacts(self) -> Path:
         """Content-addressed models, updates and impressions."""
         return self.root / "artifacts"

@@ -11,6 +11,7 @@ from fedcore.clock import Clock, SystemClock
 from fedcore.database import Database
 from fedcore.errors import ConflictError, FedimpresError, StorageError
 from fedcore.plan import Plan, plan_from_json
+from fedserver.journal_end import JournalEnd, last_record
 from fedserver.round_events import EVENT, Event
 from fedserver.round_machine import apply
 from fedserver.round_state import RunState
@@ -35,9 +36,14 @@ class Journal:
     """Submissions and events. An event is durable when `append` returns; `recorded` is told then, and how long it took."""
 
     def __init__(
-        self, database: Database, recorded: Recorded | None = None, clock: Clock | None = None
+        self,
+        database: Database,
+        recorded: Recorded | None = None,
+        clock: Clock | None = None,
+        end: JournalEnd | None = None,
     ) -> None:
         self._database = database
+        self._end = end
         self._recorded = recorded
         self._clock = clock or SystemClock()
 
@@ -91,11 +97,14 @@ class Journal:
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
         rows = [(run, at, event.kind, event.model_dump_json()) for run, event in events]
 
-        def write(connection: sqlite3.Connection) -> None:
+        def write(connection: sqlite3.Connection) -> int:
             connection.executemany("INSERT INTO journal (run, at, kind, body) VALUES (?, ?, ?, ?)", rows)
+            return last_record(connection)
 
         began = self._clock.monotonic()
-        await self._database.write(write)
+        last = await self._database.write(write)
+        if self._end is not None:
+            self._end.note(last)
         if self._recorded is not None:
             self._recorded(events, self._clock.monotonic() - began)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -250,3 +251,24 @@ def test_payload_is_read_in_chunks_from_any_offset(tmp_path: Path) -> None:
     assert [len(chunk) for chunk in read_payload(tmp_path / "f", start, 0)] == [CHUNK_BYTES, 1000]
     assert b"".join(read_payload(tmp_path / "f", start, 504)) == payload[504:]
     assert list(read_payload(tmp_path / "f", start, len(payload))) == []
+
+
+def test_a_disk_that_takes_a_part_of_a_write_is_asked_for_the_rest(tmp_path: Path) -> None:
+    manifest = TensorManifest.of([TensorSpec("w", "F32", (64,))])
+    payload = encode("F32", 64, 1)
+    digest = hashlib.sha256(manifest.header() + payload).hexdigest()
+    sink = open_sink(tmp_path / "part", manifest, digest)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(manifest.header()) + 100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            sink.write(0, payload)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        sink.close()
+    again = open_sink(tmp_path / "part", manifest, digest)
+    assert 0 < again.offset < len(payload)
+    write_all(again, payload, 64)
+    again.finish()
+    again.close()
+    assert (tmp_path / "part").read_bytes() == manifest.header() + payload

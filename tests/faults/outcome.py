@@ -1,0 +1,122 @@
+"""What a run must look like after a fault: ended as its policy says, counted once, bit for bit, and nothing left behind."""
+
+import hashlib
+import json
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedcore.artifact_store import artifact_path
+from tests.faults.chaos_federation import SITES, ChaosFederation
+from tests.faults.phases import FIRST
+from tests.federation_fixture import wait_until
+
+Participants = tuple[tuple[str, ...], ...]
+# Descriptors and threads of a program come and go with connections and pools; a leak adds to them in each scenario.
+_SLACK = {"descriptors": 12, "threads": 24}
+
+
+@dataclass
+class References:
+    """Final models of runs that nobody disturbed, by plan and by who took part in each round."""
+
+    federation: ChaosFederation
+    known: dict[tuple[str, Participants], str] = field(default_factory=dict)
+
+    def digest(self, document: dict[str, Any], participants: Participants) -> str:
+        """Runs it the first time: sites that are to be missing from a round are drained before it opens."""
+        key = (document["name"], participants)
+        if key not in self.known:
+            self.known[key] = self._run(document, participants)
+        return self.known[key]
+
+    def _run(self, document: dict[str, Any], participants: Participants) -> str:
+        federation = self.federation
+        with ExitStack() as standing:
+            withheld: set[str] = set()
+
+            def withhold(number: int) -> None:
+                wanted = set(SITES) - set(participants[number - 1])
+                for site in wanted ^ withheld:
+                    federation.set_standing("DrainSite" if site in wanted else "EnableSite", site)
+                withheld.clear()
+                withheld.update(wanted)
+
+            standing.callback(lambda: [federation.set_standing("EnableSite", site) for site in withheld])
+            withhold(1)
+            if len(set(participants)) == 1:
+                run = federation.submit(document)
+            else:
+                run = self._in_steps(document, participants, withhold)
+            federation.wait(run)
+        assert accepted(federation, run) == participants, (accepted(federation, run), participants)
+        return final_model(federation, run)
+
+    def _in_steps(self, document: dict[str, Any], participants: Participants, withhold: Any) -> str:
+        federation = self.federation
+        assert len(participants) == 2, participants
+        assert FIRST in participants[0], (
+            "held, so that the first round can't end before the pause is asked for"
+        )
+        with federation.training(document, FIRST) as run:
+            federation.control("PauseRun", run)
+        federation.wait_phase(run, "PAUSED")
+        withhold(2)
+        federation.control("ResumeRun", run)
+        return run
+
+
+def accepted(federation: ChaosFederation, run: str) -> Participants:
+    """Whose updates are in the model, round by round."""
+    return tuple(tuple(event["accepted"]) for event in federation.events(run, "aggregation_finished"))
+
+
+def final_model(federation: ChaosFederation, run: str) -> str:
+    """Digest of the last model, of the bytes that lie on the coordinator's disk."""
+    (record,) = federation.events(run, "round_finished")[-1:]
+    digest = str(json.loads(record["record_json"])["model"])
+    with artifact_path(federation.server_home / "artifacts", digest).open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    return found if found == digest else f"{digest} damaged: {found}"
+
+
+def counted_twice(federation: ChaosFederation, run: str) -> list[str]:
+    """What the journal holds more than once, or merged without having it."""
+    found = []
+    stored = Counter((e["round"], e["site"]) for e in federation.events(run, "update_stored"))
+    damaged = Counter(
+        (e["round"], site) for e in federation.events(run, "aggregation_failed") for site in e["rejected"]
+    )
+    found += [f"{key} stored {n} times" for key, n in stored.items() if n > 1 + damaged[key]]
+    for kind in ("aggregation_finished", "round_finished"):
+        rounds = Counter(e["round"] for e in federation.events(run, kind))
+        found += [f"{kind} {number} {n} times" for number, n in rounds.items() if n > 1]
+    for event in federation.events(run, "aggregation_finished"):
+        found += [f"{site} merged {n} times" for site, n in Counter(event["accepted"]).items() if n > 1]
+        found += [
+            f"{site} merged, not stored" for site in event["accepted"] if not stored[event["round"], site]
+        ]
+        weights = event["merge"]["weights"]
+        if sorted(weights) != sorted(event["accepted"]) or abs(sum(weights.values()) - 1) > 1e-9:
+            found.append(f"round {event['round']}: weights {weights} of {event['accepted']}")
+    return found
+
+
+def leaks(federation: ChaosFederation, usual: Counter[str]) -> list[str]:
+    """Files, processes, descriptors and threads that are left after a moment's patience."""
+
+    def left() -> list[str]:
+        held = federation.held_resources()
+        grown = [
+            f"{what}: {number}, usual {usual[what]}"
+            for what, number in held.items()
+            if number > usual[what] + _SLACK[what.split()[-1]]
+        ]
+        return [*federation.left_files(), *federation.strays(), *grown]
+
+    try:
+        wait_until(lambda: not left(), "nothing left", timeout_s=10)
+    except AssertionError:
+        return left()
+    return []

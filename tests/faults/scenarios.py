@@ -1,0 +1,128 @@
+"""The matrix: every fault in every phase, as seeded scenarios. What a cell means, and which cells can't be, stands here."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tests.faults.chaos_federation import FAKETIME, impressions_document, upload_document
+from tests.faults.fault_plan import PHASES, VICTIM, FaultPlan, Phase
+
+# Phases that only the second round has.
+_SECOND: tuple[Phase, ...] = ("synthesising", "between rounds")
+_LET_GO = {"stall_timeout_s": 3, "join_wait_s": 1}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A fault plan, the plan of the run that it befalls, and how that run ends."""
+
+    seed: int
+    fault: str
+    phase: Phase
+    plan: FaultPlan
+    document: dict[str, Any]
+    outcome: str = "DONE"
+
+
+def impossible(fault: str, phase: Phase) -> str:
+    """Why a cell can't be; empty if it can."""
+    if fault == "clock jump" and FAKETIME is None:
+        return "libfaketime is not installed (apt-get install faketime)"
+    return ""
+
+
+def scenario(seed: int, fault: str, phase: Phase) -> Scenario:
+    """The scenario of a cell that a seed draws."""
+    draw = random.Random(f"{seed} {fault} {phase}")
+    # A late duplicate needs a round before; a model at a site needs a site that has one.
+    needs_earlier = phase == "waiting" and fault in ("duplicate", "reorder", "flipped bit")
+    number = 2 if phase in _SECOND or needs_earlier else draw.choice((1, 2))
+    plan, outcome = _PLANS[fault](FaultPlan(), draw, phase, number)
+    let_go = outcome == "DEGRADED" and fault != "disk full"
+    document = impressions_document if phase == "synthesising" else upload_document
+    return Scenario(seed, fault, phase, plan, document(limits=_LET_GO if let_go else {}), outcome)
+
+
+Planned = tuple[FaultPlan, str]
+
+
+def _kill(plan: FaultPlan, who: str, phase: Phase, number: int) -> Planned:
+    return plan.kill(who, phase=phase, round=number), "DONE"
+
+
+def _kill_agent(plan: FaultPlan, draw: random.Random, phase: Phase, number: int) -> Planned:
+    for_good = phase in ("training", "uploading") and draw.random() < 0.3
+    killed = plan.kill(VICTIM, phase=phase, round=number, for_good=for_good)
+    return killed, "DEGRADED" if for_good else "DONE"
+
+
+def _cut(plan: FaultPlan, draw: random.Random, phase: Phase, number: int) -> Planned:
+    if draw.random() < 0.4:
+        return plan.cut(half_open=True, phase=phase, round=number), "DONE"
+    if phase == "uploading":
+        return plan.cut_upload(round=number, after_chunk=draw.choice((1, 2))), "DONE"
+    return plan.cut(phase=phase, round=number), "DONE"
+
+
+def _partition(plan: FaultPlan, draw: random.Random, phase: Phase, number: int) -> Planned:
+    if phase == "training" and number == 2 and draw.random() < 0.5:
+        return plan.partition(seconds=None, phase=phase, round=number), "DEGRADED"
+    return plan.partition(seconds=draw.uniform(0.2, 0.8), phase=phase, round=number), "DONE"
+
+
+def _torn_journal(plan: FaultPlan, draw: random.Random, phase: Phase, number: int) -> Planned:
+    return plan.torn_journal(draw.choice((1, 1, 2)), phase=phase, round=number), "DONE"
+
+
+def _flipped_bit(plan: FaultPlan, draw: random.Random, phase: Phase, number: int) -> Planned:
+    what = {"uploading": "spool", "fetching": "partial", "aggregating": "update", "synthesising": "update"}
+    return plan.flipped_bit(what.get(phase, "model"), phase=phase, round=number), "DONE"
+
+
+def _clock_jump(plan: FaultPlan, draw: random.Random, phase: Phase, number: int) -> Planned:
+    # Certificates are valid from ten minutes before they were made.
+    who, seconds = draw.choice(("coordinator", VICTIM)), draw.choice((-300, 3600, 86_400))
+    return plan.clock_jump(who, seconds, phase=phase, round=number), "DONE"
+
+
+def _disk_full(plan: FaultPlan, draw: random.Random, phase: Phase, number: int) -> Planned:
+    at: dict[str, Any] = {"phase": phase, "round": number}
+    match phase:
+        case "training":  # the site can't write what it learnt
+            return plan.disk_full(f"{VICTIM} compute", **at), "DEGRADED"
+        case "fetching":  # the model does not fit: no training in the first round, no figures in the second
+            outcome = "DEGRADED" if number == 1 else "DONE"
+            return plan.disk_full(VICTIM, 3 << 20, **at), outcome
+        case "uploading":  # the last chunk fits in part
+            return plan.disk_full("coordinator", 7 << 20, **at), "DONE"
+        case "aggregating" | "synthesising":
+            return plan.disk_full("compute", **at), "DONE"
+        case _:  # nothing can be journalled
+            return plan.disk_full("coordinator", **at), "DONE"
+
+
+_PLANS: dict[str, Callable[[FaultPlan, random.Random, Phase, int], Planned]] = {
+    "kill coordinator": lambda plan, _, phase, number: _kill(plan, "coordinator", phase, number),
+    "kill compute": lambda plan, _, phase, number: _kill(plan, "compute", phase, number),
+    "kill agent": _kill_agent,
+    "cut": _cut,
+    "partition": _partition,
+    "slow link": lambda plan, _, phase, number: (plan.slow_link(phase=phase, round=number), "DONE"),
+    "disk full": _disk_full,
+    "torn journal": _torn_journal,
+    "flipped bit": _flipped_bit,
+    "duplicate": lambda plan, _, phase, number: (plan.duplicate(phase=phase, round=number), "DONE"),
+    "reorder": lambda plan, _, phase, number: (plan.reorder(phase=phase, round=number), "DONE"),
+    "clock jump": _clock_jump,
+}
+FAULTS = tuple(_PLANS)
+
+
+def matrix(seed: int, repeats: int) -> Iterator[Scenario]:
+    """Every cell `repeats` times, shuffled."""
+    cells = [(fault, phase) for fault in FAULTS for phase in PHASES if not impossible(fault, phase)]
+    numbered = [(seed + n, *cell) for n, cell in enumerate(cells * repeats)]
+    random.Random(seed).shuffle(numbered)
+    for one, fault, phase in numbered:
+        yield scenario(one, fault, phase)
