@@ -163,7 +163,7 @@ class Certificates:
         return await self._revoke(_FAMILY, (self.one(prefix).serial,), by, reason)
 
     async def revoke_all(self, owner: Owner, *, by: Caller, reason: str) -> tuple[list[CertificateRow], int]:
-        """End all of an owner's certificates whose time has not ended; as `revoke`.
+        """End all of an owner's certificates that can be used or, ended lately, still be renewed; as `revoke`.
 
         Raises NotFoundError if the owner never had one.
         """
@@ -172,7 +172,7 @@ class Certificates:
                 f"{owner.role} {owner.id!r:.80} has no certificate", hint="'fedctl cert list' shows all"
             )
         query = "SELECT serial FROM certificates WHERE role = ? AND subject_id = ? AND not_after >= ?"
-        values = (owner.role, owner.id or "", rfc3339(self._clock()))
+        values = (owner.role, owner.id or "", rfc3339(self._clock() - GRACE))
         return await self._revoke(query, values, by, reason)
 
     async def _revoke(

@@ -135,6 +135,18 @@ def test_all_of_a_site_are_revoked_by_its_name(world):
         asyncio.run(world.certificates.revoke_all(Owner("site", "nobody"), by=by, reason=""))
 
 
+def test_a_site_revoked_by_its_name_does_not_come_back_by_a_certificate_that_had_ended_before(world):
+    old = world.issue()
+    world.now = old.not_valid_after_utc + timedelta(days=1)
+    by = caller(world.issue(OPERATOR))
+    rows, changed = asyncio.run(
+        world.certificates.revoke_all(Owner("site", "clinic-a"), by=by, reason="lost")
+    )
+    assert ([row.serial for row in rows], changed) == ([serial_text(old)], 1)
+    with pytest.raises(IdentityError, match="was revoked"):
+        world.renew_ended(old)
+
+
 def test_nobody_locks_themselves_out_and_the_coordinator_is_not_revoked(world):
     mine = world.issue(OPERATOR)
     with pytest.raises(ConflictError, match="lock you out"):
