@@ -14,12 +14,12 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from fedagent.config import AgentConfig, AgentHome
-from fedagent.finding import Finding, bad, good, skipped, worrying
 from fedagent.line import Line, check_dns, check_inspection, check_tcp, check_tls
 from fedcore.channel import open_sync_channel
 from fedcore.compute_host import ComputeHost
 from fedcore.credential import Credential, split_address
 from fedcore.errors import FedimpresError, NotFoundError
+from fedcore.finding import Finding, bad, good, skipped, worrying
 from fedcore.protocol import PROTOCOL, PROTOCOL_KEY, TIME_KEY, VERSION_KEY
 from fedcore.status import from_rpc_error
 from fedcore.text import printable

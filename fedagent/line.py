@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 from cryptography import x509
 
-from fedagent.finding import Finding, bad, good, skipped
 from fedcore.credential import join_address
 from fedcore.errors import ForeignCertificateError
+from fedcore.finding import Finding, bad, good, skipped
 from fedcore.text import printable
 
 _TIMEOUT_S = 5.0

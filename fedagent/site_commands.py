@@ -9,8 +9,8 @@ import typer
 
 if TYPE_CHECKING:
     from fedagent.config import AgentConfig, AgentHome
-    from fedagent.finding import Finding
     from fedcore.credential import Credential
+    from fedcore.finding import Finding
 
 HomeOption = Annotated[Path, typer.Option("--home", help="The agent's folder.", file_okay=False)]
 
@@ -169,7 +169,7 @@ def _checked(
 
 def _report(findings: "Iterator[Finding]") -> None:
     """Print each finding as it comes; what the parts log goes to stderr."""
-    from fedagent.finding import Verdict
+    from fedcore.finding import Verdict
     from fedcore.logs import configure_logs
 
     configure_logs("warning")

@@ -1,6 +1,7 @@
 """fedctl model: the models that runs have made."""
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedcore.errors import NotFoundError, StorageError, UsageError
+from fedcore.errors import DigestMismatchError, NotFoundError, StorageError, UsageError
+from fedcore.tensor_file import read_manifest
 from fedctl.admin import Admin, open_admin
 from fedctl.completion import RunArgument
 from fedctl.documents import model_document
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 # Enough to tell models apart; `-o json` has all of it.
 _DIGEST_DIGITS = 12
+RoundOption = Annotated[
+    str, typer.Option("--round", help="A round's number, 'best' (by validation accuracy) or 'last'.")
+]
 app = typer.Typer(no_args_is_help=True, help="The models that runs have made.")
 
 
@@ -50,9 +55,7 @@ def list_command(ctx: typer.Context, run: RunArgument, output: OutputOption = Ou
 def download(
     ctx: typer.Context,
     run: RunArgument,
-    round_: Annotated[
-        str, typer.Option("--round", help="A round's number, 'best' (by validation accuracy) or 'last'.")
-    ] = "last",
+    round_: RoundOption = "last",
     out: Annotated[Path, typer.Option("--out", help="File to write; its card goes beside it.")] = Path(
         "model.safetensors"
     ),
@@ -72,6 +75,65 @@ def download(
         "card": str(card_path(out)),
     }
     print_object(output, document, list(document.items()))
+
+
+@app.command("show")
+def show(
+    ctx: typer.Context, run: RunArgument, round_: RoundOption = "last", output: OutputOption = Output.TABLE
+) -> None:
+    """Show a model's card: architecture, classes, transform, figures."""
+    with open_admin(ctx) as admin:
+        document = model_document(choose_model(list_models(admin, run), run, round_))
+    card = document["card"] or {}
+    shown = {key: value for key, value in document.items() if key != "card" and value is not None} | card
+    lines = [
+        (key, value if isinstance(value, str | int | float) else json.dumps(value))
+        for key, value in shown.items()
+    ]
+    print_object(output, document, lines)
+
+
+@app.command("verify")
+def verify(
+    path: Annotated[
+        Path, typer.Argument(help="A downloaded model; its card lies beside it.", dir_okay=False)
+    ],
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Check a downloaded model against its card: the digest of its bytes, and that they are a model file. Asks nobody."""
+    document = verified(path)
+    print_object(output, document, list(document.items()))
+
+
+def verified(path: Path) -> dict[str, object]:
+    """What the card of a model file says, once file and digest agree.
+
+    Raises NotFoundError, StorageError, DigestMismatchError.
+    """
+    card_file = card_path(path)
+    for needed in (path, card_file):
+        if not needed.is_file():
+            raise NotFoundError(f"{needed}: no such file", hint="fedctl model download writes both")
+    try:
+        card = json.loads(card_file.read_text(encoding="utf-8"))
+        expected = str(card["digest"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{card_file}: is no model's card: {error!r}") from error
+    with path.open("rb") as file:
+        got = hashlib.file_digest(file, "sha256").hexdigest()
+    if got != expected:
+        raise DigestMismatchError(
+            f"{path}: digest of the bytes is {got}, its card says {expected}", hint="download it again"
+        )
+    manifest, _ = read_manifest(path)
+    return {
+        "path": str(path),
+        "digest": got,
+        "run": card.get("run"),
+        "round": card.get("round"),
+        "tensors": len(manifest.tensors),
+        "bytes": manifest.payload_bytes,
+    }
 
 
 def list_models(admin: Admin, run: str) -> list["admin_pb2.Model"]:

@@ -84,6 +84,24 @@ def serve(
     raise typer.Exit(run(home, lifeline))
 
 
+@app.command()
+def preflight(home: HomeOption) -> None:
+    """Check what `serve` needs on this machine: configuration, certificates, database, name, ports, disk, device. One
+    line each; exits with 1 if one fails.
+    """
+    from fedcore.finding import Verdict
+    from fedcore.logs import configure_logs
+    from fedserver.preflight import preflight as check_machine
+
+    configure_logs("warning")
+    failed = False
+    for finding in check_machine(home, datetime.now(UTC)):
+        typer.echo(str(finding))
+        failed = failed or finding.verdict is Verdict.FAILED
+    if failed:
+        raise typer.Exit(1)
+
+
 @app.command("check-config")
 def check_config(home: HomeOption) -> None:
     """Check configuration, certificates and database of a home, without serving it."""

@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fedagent.doctor import Answer, check_clock, check_disk, check_protocol, check_shm
-from fedagent.finding import Verdict
 from fedagent.line import Line, check_dns, check_inspection, check_tcp, check_tls
+from fedcore.finding import Verdict
 from fedcore.pki import certificates_to_pem, key_to_pem
 from fedcore.protocol import PROTOCOL_KEY, TIME_KEY
 
