@@ -123,7 +123,8 @@ def _foreign_certificate(line: Line, own_pem: bytes) -> ForeignCertificateError 
         f"{join_address(line.host, line.port)}{through} shows a certificate chain that is not the federation's: "
         f"issued by {printable(issuer, 200)!r}",
         hint="most likely a proxy or firewall opens TLS to inspect it: have "
-        f"{line.host} excepted there; or is that the address of another service?",
+        f"{line.host} excepted there; or that is the address of another service, or the credential or token is not of "
+        "this federation",
     )
 
 

@@ -81,6 +81,11 @@ def _later_text(event: ev.Event) -> str:
             return f"{event.by} asked to pause"
         case ev.ResumeRequested():
             return f"{event.by} resumed it"
+        case ev.ImpressionsPurged():
+            rounds = ", ".join(map(str, event.rounds))
+            return f"{event.by} purged the impressions of rounds {rounds}: {event.reason}"
+        case ev.PurgeConfirmed():
+            return f"removed purged impressions: {len(event.deleted)} banks were there"
         case ev.RunFinished():
             return f"{event.status}: {event.reason}"
         case _:

@@ -72,6 +72,16 @@ TEXTS: list[tuple[ev.Event, str]] = [
     ),
     (ev.PauseRequested(at=1, by="ann"), "ann asked to pause"),
     (ev.ResumeRequested(at=1, by="ann"), "ann resumed it"),
+    (
+        ev.ImpressionsPurged(
+            at=1, purge="p", rounds=(2, 3), digests=("d", "e"), sites=("a",), by="ann", reason="a face"
+        ),
+        "ann purged the impressions of rounds 2, 3: a face",
+    ),
+    (
+        ev.PurgeConfirmed(at=1, purge="p", site="a", deleted=("d",), audit_head="7:ff"),
+        "removed purged impressions: 1 banks were there",
+    ),
     (ev.RunFinished(at=1, status="FAILED", reason="no sites"), "FAILED: no sites"),
 ]
 
