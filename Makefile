@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 OUT    ?= demo-out
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long test-deploy check format protos bench results results-quick bundle bundle-cuda bundle-cuda-manifest clean
+.PHONY: help install demo test test-long chaos test-deploy check format protos bench results results-quick bundle bundle-cuda bundle-cuda-manifest clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ test-long: $(STAMP)  ## what takes longer: the units as started, the factory's R
 
 test-deploy: $(STAMP)  ## as root: the bundle on machines with systemd, firewalls and proxies, in name spaces
 	$(BIN)/python -m pytest -m long tests/integration/test_deployment.py
+
+chaos: $(STAMP)  ## every fault in every phase of a round, three times; writes chaos.json (SEED=N repeats one)
+	$(BIN)/python -m tests.faults.chaos --repeats 3 --out chaos.json $(if $(SEED),--seed $(SEED))
 
 check: $(STAMP)  ## ruff, mypy --strict, import-linter, generated stubs up to date
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import hashlib
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from fedcore.durability import sync_data
 from fedcore.errors import (
     DigestMismatchError,
+    DiskError,
     NonFiniteError,
     TensorMismatchError,
     TransferError,
@@ -104,7 +106,7 @@ class TensorSink:
     ) -> None:
         """Open `path`, going on after what an earlier stream of the same artifact left there.
 
-        `who` opens every message: "site-07 round 12".
+        `who` opens every message: "site-07 round 12". Raises DiskError.
         """
         self.path = path
         self._manifest = manifest
@@ -117,8 +119,13 @@ class TensorSink:
         self._finite_views: list[str | None] = []
         if require_finite:
             self._prepare_finite_check()
-        self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
-        self.offset = self._recover()
+        with self._disk():
+            self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+            try:
+                self.offset = self._recover()
+            except BaseException:
+                self._file.close()
+                raise
 
     @property
     def complete(self) -> bool:
@@ -126,7 +133,9 @@ class TensorSink:
         return self.offset == self._size
 
     def write(self, offset: int, data: bytes) -> None:
-        """Append a chunk. Raises TruncatedStreamError on a gap, TensorMismatchError if too long, NonFiniteError."""
+        """Append a chunk. Raises TruncatedStreamError on a gap, TensorMismatchError if too long, NonFiniteError,
+        DiskError.
+        """
         if offset != self.offset:
             raise TruncatedStreamError(f"{self._who}: chunk at byte {offset}, expected byte {self.offset}")
         end = offset + len(data)
@@ -137,13 +146,15 @@ class TensorSink:
                 f"{self._who}: chunk ends at byte {end}, not a multiple of {_ALIGNMENT}"
             )
         self._check_finite(offset, data)
-        self._write(data)
+        with self._disk():
+            self._write(data)
         self._hash.update(data)
         self.offset = end
 
     def sync(self) -> None:
-        """Make what was written durable."""
-        sync_data(self._file.fileno())
+        """Make what was written durable. Raises DiskError."""
+        with self._disk():
+            sync_data(self._file.fileno())
 
     def finish(self) -> None:
         """Check completeness and digest. Raises TruncatedStreamError, DigestMismatchError."""
@@ -195,6 +206,17 @@ class TensorSink:
         view = memoryview(data)
         while view:
             view = view[self._file.write(view) :]
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        """Say of a disk that takes no more, that it does not: the sender keeps its bytes and tries again."""
+        try:
+            yield
+        except OSError as error:
+            raise DiskError(
+                f"{self._who}: {self.path} can't be written: {error.strerror}",
+                hint="free space or mend the disk; the sender tries again by itself",
+            ) from error
 
     def _prepare_finite_check(self) -> None:
         end = 0

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fedcore.errors import (
     DigestMismatchError,
+    DiskError,
     NonFiniteError,
     TensorMismatchError,
     TransferError,
@@ -261,7 +262,7 @@ def test_a_disk_that_takes_a_part_of_a_write_is_asked_for_the_rest(tmp_path: Pat
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(manifest.header()) + 100, limits[1]))
     try:
-        with pytest.raises(OSError, match="too large"):
+        with pytest.raises(DiskError, match="too large"):
             sink.write(0, payload)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
