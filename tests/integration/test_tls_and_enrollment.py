@@ -8,6 +8,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
@@ -45,8 +46,16 @@ from fedcore.errors import (
     TokenError,
     UnreachableError,
 )
-from fedcore.identity import Subject
-from fedcore.pki import fingerprint, make_issuing_ca, make_root, new_key
+from fedcore.identity import Caller, Subject
+from fedcore.pki import (
+    certificates_to_pem,
+    fingerprint,
+    key_to_pem,
+    make_issuing_ca,
+    make_leaf,
+    make_root,
+    new_key,
+)
 from fedcore.status import exit_code_of, from_rpc_error
 from fedserver.authorisation import ANY_OPERATOR, ANYONE, GRANTABLE, OPERATOR, OWNER, ROLES, SITE
 from fedserver.authority import Authority, load_authority
@@ -557,6 +566,67 @@ def test_every_method_lets_in_the_roles_of_the_table_and_nobody_else(edge, membe
             assert "no client certificate" in error.message
         else:
             assert isinstance(error, ProtocolError)
+
+
+# What is wrong with a certificate, and what finds it: the handshake, or the look at the caller of each call.
+FOUND_BY_TLS, FOUND_BY_IDENTITY = ("foreign CA", "expired"), ("revoked", "wrong SAN")
+
+
+@pytest.fixture(scope="module")
+def outsiders(edge) -> Iterator[dict[tuple[str, str], grpc.Channel]]:
+    """A channel for each wrong certificate of each role that would be let in with a right one."""
+    now = datetime.now(UTC)
+    root = make_root("lab", now)
+    foreign = Authority("lab", root.certificate, make_issuing_ca(root, "lab", now))
+    admin = Caller("lab", "operator", "admin", "0", now)
+    with ExitStack() as opened:
+        channels = {}
+        for number, role in enumerate((SITE, ANY_OPERATOR, *GRANTABLE)):
+            kind, name = (SITE if role == SITE else "operator"), f"outsider-{number}"
+            if role in GRANTABLE:
+                edge.database.write_now(lambda c, n=name, r=role: grant(c, n, r, now, "test"))
+            for wrong in (*FOUND_BY_TLS, *FOUND_BY_IDENTITY):
+                subject = Subject("elsewhere" if wrong == "wrong SAN" else "lab", kind, name)
+                signer = foreign if wrong == "foreign CA" else edge.authority
+                key = new_key()
+                life = timedelta(minutes=-1 if wrong == "expired" else 60)
+                leaf = make_leaf(
+                    signer.issuing, key.public_key(), federation="lab", spiffe_id=subject.spiffe_id,
+                    hosts=(), server=False, now=now, lifetime=life,
+                )  # fmt: skip
+                chain = [leaf, signer.issuing.certificate]
+                edge.database.write_now(lambda c, x=chain, s=subject: record_certificate(c, x[0], s, now))
+                if wrong == "revoked":
+                    serial = f"{chain[0].serial_number:x}"
+                    asyncio.run(edge.certificates.revoke(serial, by=admin, reason="matrix"))
+                credentials = grpc.ssl_channel_credentials(
+                    edge.authority.root_pem.encode(), key_to_pem(key), certificates_to_pem(chain)
+                )
+                options = [*client_options(), ("grpc.enable_retries", 0)]
+                channel = grpc.secure_channel(edge.coordinator, credentials, options)
+                channels[wrong, role] = opened.enter_context(channel)
+        yield channels
+
+
+@pytest.mark.parametrize("method", sorted(ROLES))
+def test_every_method_is_closed_to_every_wrong_certificate_whatever_its_role(edge, outsiders, method):
+    for (wrong, role), channel in outsiders.items():
+        error = outcome(channel, method)
+        if wrong in FOUND_BY_TLS:
+            assert isinstance(error, UnreachableError), (wrong, role, error)
+        elif ANYONE in ROLES[method]:  # not served on this port at all
+            assert isinstance(error, ProtocolError), (wrong, role, error)
+        else:
+            assert type(error) is IdentityError, (wrong, role, error)
+            assert ("was revoked" if wrong == "revoked" else "elsewhere") in error.message
+
+
+def test_no_role_is_let_in_over_tls_1_2(edge, members):
+    for folder in members.values():
+        for port in (edge.main_port, edge.enroll_port):
+            assert handshake(port, ssl.TLSVersion.TLSv1_3, folder) == "TLSv1.3"
+            with pytest.raises((ssl.SSLError, ConnectionError)):
+                handshake(port, ssl.TLSVersion.TLSv1_2, folder)
 
 
 def test_enrolment_gives_a_credential_that_the_main_port_accepts(edge, tmp_path):
