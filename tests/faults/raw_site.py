@@ -1,6 +1,6 @@
 """A site's deliveries spoken by hand, with the site's own credential, beside its agent."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -27,9 +27,9 @@ class RawSite:
         self.site = site
 
     def deliver(
-        self, run: str, round_number: int, update: Path, order: Sequence[int] | None = None
+        self, run: str, round_number: int, update: Path, *, backwards: bool = False
     ) -> str | FedimpresError:
-        """Deliver an update from its beginning, its chunks in this order; gives the outcome or the refusal."""
+        """Deliver an update whole, its chunks in order or backwards; gives the outcome or the refusal."""
         manifest, start = read_manifest(update)
         key = federation_pb2.DeliveryKey(run=run, round=round_number, site=self.site, digest=update.stem)
         report = federation_pb2.UpdateReport(
@@ -43,8 +43,7 @@ class RawSite:
                 key=key, manifest=manifest_to_proto(manifest, update.stem), report=report, offset=0
             )
             yield federation_pb2.DeliverPart(header=header)
-            for index in order if order is not None else range(len(offsets)):
-                offset = offsets[index]
+            for offset in reversed(offsets) if backwards else offsets:
                 chunk = tensor_pb2.Chunk(offset=offset, data=payload[offset : offset + CHUNK_BYTES])
                 yield federation_pb2.DeliverPart(chunk=chunk)
 

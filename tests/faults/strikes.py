@@ -163,7 +163,7 @@ class Strike:
     def _reorder(self, fault: faults.Reorder) -> None:
         raw = RawSite(self._federation, fault.site)
         round_number, update = self._deliverable(fault)
-        refused = raw.deliver(self._run, round_number, update, order=(1, 0))
+        refused = raw.deliver(self._run, round_number, update, backwards=True)
         early = fault.phase in ("training", "uploading") or (fault.phase == "fetching" and fault.round == 1)
         if early:
             assert isinstance(refused, TransferError | ConflictError), refused
