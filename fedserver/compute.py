@@ -4,7 +4,9 @@ A command may carry `compute`, the section of fedserver.toml (device, threads); 
 "auto".
 """
 
-from collections.abc import Iterable, Mapping
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from fedcore.compute_worker import Handler, Job, serve
 from fedcore.device import ComputeDevice, open_device
-from fedcore.errors import ConfigError, PlanError, TensorMismatchError
+from fedcore.errors import ConfigError, FedimpresError, PlanError, TensorMismatchError
 from fedcore.evaluation import evaluate
 from fedcore.models import build_model
 from fedcore.models.base import FederatedModel, norm_tensor_names
@@ -122,8 +124,21 @@ class ServerCompute:
     def aggregate(self, args: dict[str, Any], job: Job) -> dict[str, Any]:
         """Examine a round's updates, merge those that pass, move the strategy's state on, average the model over rounds.
 
-        The digest is null, and `reason` says why, if too few pass. Raises LearningError, StorageError.
+        The digest is null, and `reason` says why, if too few pass; or, and nothing else is told, if stored updates are
+        no longer what arrived: `damaged` names their sites. Raises LearningError, StorageError.
         """
+        with ThreadPoolExecutor(1) as beside:  # hashing leaves the processor's other cores to the merge
+            reading = beside.submit(_damaged, args["updates"])
+            try:
+                merged = self._merge(args)
+            except FedimpresError:
+                if not reading.result():
+                    raise
+                merged = {}
+            damaged = reading.result()
+        return {"digest": None, "damaged": damaged} if damaged else {**merged, "damaged": []}
+
+    def _merge(self, args: dict[str, Any]) -> dict[str, Any]:
         plan = plan_from_json(args["plan"])
         _device(args)
         strategy = load_strategy(plan)
@@ -322,6 +337,20 @@ def _extras(strategy: Strategy, layout: _Layout) -> list[TensorSpec]:
 
 def _size(specs: Iterable[TensorSpec]) -> int:
     return sum(spec.size_bytes for spec in specs)
+
+
+def _damaged(updates: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The sites whose update's file has not the digest that it is stored under."""
+    damaged = []
+    for update in updates:
+        try:
+            with Path(update["path"]).open("rb") as file:
+                whole = hashlib.file_digest(file, "sha256").hexdigest() == update["digest"]
+        except OSError:
+            whole = False
+        if not whole:
+            damaged.append(update["site"])
+    return damaged
 
 
 def _path(text: str | None) -> Path | None:

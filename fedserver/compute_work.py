@@ -129,10 +129,14 @@ class ComputeWork:
         if missing := {site: "missing" for site, digest, _ in command.updates if digest not in self._store}:
             return self._lost(command, missing)
         updates = [
-            {"site": site, "path": str(self._store.path(digest)), "report": report.model_dump()}
+            {
+                "site": site,
+                "path": str(self._store.path(digest)),
+                "digest": digest,
+                "report": report.model_dump(),
+            }
             for site, digest, report in command.updates
         ]
-        reading = asyncio.create_task(self._damaged(command))
         state_out, released_out = self._store.new_path(), self._store.new_path()
         try:
             result = await self._run(
@@ -143,8 +147,8 @@ class ComputeWork:
                 registered_examples=dict(command.registered_examples),
                 late=[self._late(late) for late in command.late],
             )  # fmt: skip
-            if damaged := await reading:
-                return self._lost(command, damaged)
+            if result["damaged"]:
+                return self._lost(command, dict.fromkeys(result["damaged"], "damaged"))
             if result["digest"] is None:
                 return ev.AggregationFailed(
                     at=self._clock.wall(),
@@ -159,7 +163,6 @@ class ComputeWork:
             if result["released_digest"] is not None:
                 self._store.adopt(released_out, result["released_digest"])
         finally:
-            reading.cancel()
             state_out.unlink(missing_ok=True)
             released_out.unlink(missing_ok=True)
         return ev.AggregationFinished(
@@ -174,14 +177,6 @@ class ComputeWork:
             merge=result["merge"],
             folded=result["folded"],
         )
-
-    async def _damaged(self, command: Aggregate) -> dict[str, str]:
-        """The sites whose stored updates are not what arrived: read again while they are merged."""
-        sites = [site for site, _, _ in command.updates]
-        intact = await asyncio.gather(
-            *(asyncio.to_thread(self._store.intact, digest) for _, digest, _ in command.updates)
-        )
-        return {site: "damaged" for site, whole in zip(sites, intact, strict=True) if not whole}
 
     def _lost(self, command: Aggregate, how: dict[str, str]) -> ev.Event:
         """The aggregation that failed because stored updates are gone: their sites are asked again."""

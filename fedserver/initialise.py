@@ -172,8 +172,7 @@ log_level = {json.dumps(config.log_level)}    # debug | info | warning | error
 # operator_days = {config.certificates.operator_days:g}
 # coordinator_days = {config.certificates.coordinator_days:g}
 
-# [metrics]             # for Prometheus, on 127.0.0.1 only; without a port there are none
-# port = 9464
+# [metrics]             # for Prometheus, on 127.0.0.1 only; none without a port, such as: port = 9464
 """
 
 

@@ -9,10 +9,12 @@ import pytest
 from fedcore.artifact_store import ArtifactStore
 from fedcore.clock import ManualClock
 from fedcore.compute_host import ComputeHost
+from fedcore.compute_worker import Job
 from fedcore.errors import DiskError
 from fedcore.plan import validate_plan
 from fedcore.tensor_file import TensorSpec, write_tensor_file
 from fedserver import round_events as ev
+from fedserver.compute import ServerCompute
 from fedserver.compute_work import ComputeWork
 from fedserver.round_machine import Aggregate
 from fedserver.round_state import RunState
@@ -40,6 +42,16 @@ class Host:
         return self.answer
 
 
+class Merging(Host):
+    """Aggregates as the compute process does."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+
+    async def run(self, command: str, args: Any, on_progress: object) -> dict[str, Any]:
+        return ServerCompute().handlers()[command](dict(args), Job(1, lambda message: None))
+
+
 def artifact(store: ArtifactStore, value: bytes) -> str:
     path = store.new_path()
     digest = write_tensor_file(path, {"w": (TensorSpec("w", "F32", (1,)), value * 4)})
@@ -48,7 +60,7 @@ def artifact(store: ArtifactStore, value: bytes) -> str:
 
 
 def aggregate(store: ArtifactStore, host: Host, *digests: str) -> ev.Event:
-    work = ComputeWork(cast(ComputeHost, host), store, ManualClock(1.0), {})
+    work = ComputeWork(cast(ComputeHost, host), store, ManualClock(1.0), {"device": "cpu", "threads": 1})
     updates = tuple((site, digest, REPORT) for site, digest in zip("ab", digests, strict=True))
     command = Aggregate(1, artifact(store, b"m"), updates)
     state = RunState(run="r", plan=PLAN, sites=("a", "b"))
@@ -74,6 +86,6 @@ def test_the_sites_of_damaged_updates_are_asked_again(tmp_path: Path) -> None:
     damaged = artifact(store, b"b")
     path = store.path(damaged)
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    event = aggregate(store, Host({"digest": "1" * 64}), artifact(store, b"a"), damaged)
+    event = aggregate(store, Merging(), artifact(store, b"a"), damaged)
     assert isinstance(event, ev.AggregationFailed)
     assert event.rejected == {"b": "b round 1: its update is damaged on the coordinator's disk"}

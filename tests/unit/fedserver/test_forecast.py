@@ -75,8 +75,9 @@ def test_sizes_are_those_of_the_artifacts_themselves(tmp_path, strategy, options
     updates = []
     for site in "ab":
         tensors = {spec.name: model.get(spec.name, torch.zeros(spec.shape)) for spec in specs}
-        save_state(tmp_path / site, tensors)
-        updates.append({"site": site, "path": str(tmp_path / site), "report": {"num_examples": 3}})
+        digest = save_state(tmp_path / site, tensors)
+        path = str(tmp_path / site)
+        updates.append({"site": site, "path": path, "digest": digest, "report": {"num_examples": 3}})
     merged = ServerCompute().aggregate(aggregation(plan, tmp_path, updates), silent())
     kept = 0 if merged["state_digest"] is None else read_manifest(tmp_path / "state")[0].payload_bytes
     assert sizes["state"] == kept

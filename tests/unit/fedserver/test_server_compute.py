@@ -1,6 +1,7 @@
 """The coordinator's compute process as it runs: a child, driven through its pipes."""
 
 import asyncio
+import hashlib
 
 import numpy as np
 import pytest
@@ -52,10 +53,16 @@ def initialise(folder, plan, name="model", initial=None):
     return ServerCompute().initialise(args, silent())
 
 
+def stored(path, site, num_examples):
+    """An update as the coordinator has stored it."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"site": site, "path": str(path), "digest": digest, "report": {"num_examples": num_examples}}
+
+
 def write_update(folder, site, *, add=0.0, num_examples=10):
     state = load_tensors(folder / "model")
     save_state(folder / site, {n: t + add if t.is_floating_point() else t for n, t in state.items()})
-    return {"site": site, "path": str(folder / site), "report": {"num_examples": num_examples}}
+    return stored(folder / site, site, num_examples)
 
 
 def test_the_process_answers_its_commands(tmp_path):
@@ -127,7 +134,7 @@ def test_fedbn_leaves_normalisation_out_of_updates_and_of_the_merge(tmp_path):
     assert not names & local
     state = load_tensors(tmp_path / "model")
     save_state(tmp_path / "a", {n: state[n] + 1 for n in names})
-    updates = [{"site": "a", "path": str(tmp_path / "a"), "report": {"num_examples": 1}}]
+    updates = [stored(tmp_path / "a", "a", 1)]
     args = aggregation(plan, tmp_path, updates)
     assert ServerCompute().aggregate(args, silent())["accepted"] == ["a"]
     merged = load_tensors(tmp_path / "merged")
@@ -144,7 +151,7 @@ def test_a_strategys_extras_and_state_pass_through(tmp_path):
     assert not [name for name, _, _ in extras if "running" in name]
     state = load_tensors(tmp_path / "model")
     save_state(tmp_path / "a", {**state, **{name: torch.ones(shape) for name, _, shape in extras}})
-    updates = [{"site": "a", "path": str(tmp_path / "a"), "report": {"num_examples": 1}}]
+    updates = [stored(tmp_path / "a", "a", 1)]
     result = ServerCompute().aggregate(aggregation(plan, tmp_path, updates), silent())
     # One of two sites moved its variate by one.
     variates = load_tensors(tmp_path / "state")
