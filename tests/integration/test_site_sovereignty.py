@@ -45,10 +45,12 @@ def test_what_the_policy_forbids_stays_undone_and_every_operator_sees_why(
     restart(federation)
     assert "models           resnet18" in agent(federation, "policy", "show")[1]
     assert reason(federation) == "", "the policy speaks of models, not of the site as a whole"
-    run = federation.submit(digits_plan(rounds=1))
-    watched = federation.command("fedctl", "run", "watch", run)
     refusal = "refuses: policy forbids model 'cnn' (allowed: resnet18)"
-    assert f"{SITE} {refusal}" in watched.out
+    with federation.training(digits_plan(rounds=1), SITES[-1]) as run:
+        federation.start("watch", "fedctl", "run", "watch", run)
+        watching = federation.programs.pop("watch")
+        wait_until(lambda: f"{SITE} {refusal}" in federation.log("watch"), "an operator who watches sees why")
+    assert watching.wait(60) == 0
     assert federation.wait(run).state == "DEGRADED"
     (record,) = federation.rounds(run)
     assert record["missing"] == {SITE: refusal}
