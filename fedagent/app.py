@@ -10,7 +10,7 @@ from pathlib import Path
 import structlog
 
 from fedagent.audit import SiteAudit, open_site_audit
-from fedagent.config import AgentConfig, AgentHome
+from fedagent.config import AgentConfig, AgentHome, load_agent_config
 from fedagent.driver import AgentDriver
 from fedagent.gate import SiteGate
 from fedagent.held_impressions import HeldImpressions
@@ -28,7 +28,6 @@ from fedcore.artifact_store import ArtifactStore
 from fedcore.channel import open_channel
 from fedcore.clock import SystemClock
 from fedcore.compute_host import ComputeHost
-from fedcore.config import load_config
 from fedcore.credential import load_credential, split_address
 from fedcore.errors import ConfigError, FedimpresError, ForeignCertificateError
 from fedcore.home_lock import HomeLock
@@ -51,14 +50,6 @@ def run(home: Path, data: Path | None, lifeline: int | None) -> int:
     configure_logs(config.log_level, keep=ring)
     with HomeLock(places.lock):
         return asyncio.run(_serve(places, config, policy, SharedLog(ring, policy), lifeline))
-
-
-def load_agent_config(places: AgentHome, data: Path | None) -> AgentConfig:
-    """agent.toml, with the data's path replaced if one is given."""
-    config = load_config(places.config, AgentConfig)
-    if data is None:
-        return config
-    return config.model_copy(update={"data": config.data.model_copy(update={"path": str(data.resolve())})})
 
 
 async def _serve(

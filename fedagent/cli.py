@@ -1,14 +1,13 @@
 """`fedagent`: enrol a site and serve. What the site's own people do with it is in site_commands."""
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fedagent.audit_commands import audit_app
 from fedagent.impression_commands import impressions_app
-from fedagent.site_commands import HomeOption, add_to
+from fedagent.site_commands import DataOption, HomeOption, add_to
 from fedcore.program import run_program
 
 app = typer.Typer(
@@ -93,7 +92,7 @@ def enroll_command(
 @app.command()
 def serve(
     home: HomeOption,
-    data: Annotated[Path | None, typer.Option(help="The site's images; overrides agent.toml.")] = None,
+    data: DataOption = None,
     lifeline: Annotated[
         int | None, typer.Option(hidden=True, help="Descriptor whose end of file ends the program.")
     ] = None,

@@ -16,10 +16,8 @@ from fedcore.compute_worker import Handler, Job, serve
 from fedcore.data import dataset_names
 from fedcore.device import ComputeDevice, open_device
 from fedcore.evaluation import evaluate
-from fedcore.models import model_names
+from fedcore.models import learns_from_images, model_names
 from fedcore.plan import plan_from_json
-
-NOOP = "noop"
 
 
 class AgentCompute:
@@ -71,7 +69,7 @@ class AgentCompute:
             out=Path(args["out"]),
         )
         corrupt = 0
-        if request.plan.model.name == NOOP:
+        if not learns_from_images(request.plan.model.name):
             result = train_noop(request, job)
         else:
             site, images = self._images.get(args["data"], request.plan, device)
@@ -96,7 +94,7 @@ class AgentCompute:
         device = _device(args)
         plan = plan_from_json(args["plan"])
         splits: list[dict[str, Any]] = []
-        if plan.model.name != NOOP:
+        if learns_from_images(plan.model.name):
             site, _ = self._images.get(args["data"], plan, device)
             local = LocalState(Path(args["state"])).newest() if args["local_tensors"] else None
             state = starting_state(Path(args["model"]), args["local_tensors"], local)

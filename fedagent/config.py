@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from fedcore.config import ConfigSection
+from fedcore.config import ConfigSection, load_config
 from fedcore.metrics_port import MetricsConfig
 from fedcore.plan import Options
 
@@ -123,3 +123,11 @@ class AgentHome:
     def lock(self) -> Path:
         """Held by the one agent that serves this home."""
         return self.root / "lock"
+
+
+def load_agent_config(places: AgentHome, data: Path | None) -> AgentConfig:
+    """agent.toml, with the data's path replaced if one is given."""
+    config = load_config(places.config, AgentConfig)
+    if data is None:
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"path": str(data.resolve())})})

@@ -1,18 +1,19 @@
 """fedagent's commands for the people of the site: policy, pause, status, checks. They never need the coordinator's leave."""
 
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedcore.program import report_findings
+
 if TYPE_CHECKING:
     from fedagent.config import AgentConfig, AgentHome
     from fedcore.credential import Credential
-    from fedcore.finding import Finding
 
 HomeOption = Annotated[Path, typer.Option("--home", help="The agent's folder.", file_okay=False)]
+DataOption = Annotated[Path | None, typer.Option("--data", help="The site's images; overrides agent.toml.")]
 
 policy_app = typer.Typer(no_args_is_help=True, help="What this site allows: policy.toml.")
 
@@ -92,24 +93,24 @@ def check_config_command(home: HomeOption) -> None:
     )
 
 
-def preflight_command(home: HomeOption) -> None:
+def preflight_command(home: HomeOption, data: DataOption = None) -> None:
     """Check what `serve` needs: disk, device, data, certificate, coordinator. One line each; exits with 1 if one fails."""
     from fedagent.doctor import preflight
 
     now = datetime.now(UTC)
-    paths, config, credential = _checked(home, now, allow_expired=True)
-    _report(preflight(paths, config, credential, now))
+    paths, config, credential = _checked(home, now, data, allow_expired=True)
+    report_findings(preflight(paths, config, credential, now))
 
 
-def doctor_command(home: HomeOption) -> None:
+def doctor_command(home: HomeOption, data: DataOption = None) -> None:
     """Find out why a site does not work: DNS, TCP, TLS, inspection by a proxy, certificate, clock, protocol, throughput,
     device, data, /dev/shm, disk. One line each; exits with 1 if one fails.
     """
     from fedagent.doctor import doctor
 
     now = datetime.now(UTC)
-    paths, config, credential = _checked(home, now, allow_expired=True)
-    _report(doctor(paths, config, credential, now))
+    paths, config, credential = _checked(home, now, data, allow_expired=True)
+    report_findings(doctor(paths, config, credential, now))
 
 
 def migrate_command(
@@ -153,29 +154,14 @@ def _home(home: Path) -> "AgentHome":
 
 
 def _checked(
-    home: Path, now: datetime, *, allow_expired: bool = False
+    home: Path, now: datetime, data: Path | None = None, *, allow_expired: bool = False
 ) -> "tuple[AgentHome, AgentConfig, Credential]":
     """The home with everything in it read. Raises ConfigError, IdentityError."""
-    from fedagent.config import AgentConfig, AgentHome
+    from fedagent.config import AgentHome, load_agent_config
     from fedagent.policy import load_policy
-    from fedcore.config import load_config
     from fedcore.credential import load_credential
 
     paths = AgentHome(home)
-    config = load_config(paths.config, AgentConfig)
+    config = load_agent_config(paths, data)
     load_policy(paths.policy)
     return paths, config, load_credential(paths.credential, now, allow_expired=allow_expired)
-
-
-def _report(findings: "Iterator[Finding]") -> None:
-    """Print each finding as it comes; what the parts log goes to stderr."""
-    from fedcore.finding import Verdict
-    from fedcore.logs import configure_logs
-
-    configure_logs("warning")
-    failed = False
-    for finding in findings:
-        typer.echo(str(finding))
-        failed = failed or finding.verdict is Verdict.FAILED
-    if failed:
-        raise typer.Exit(1)

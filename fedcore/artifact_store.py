@@ -3,12 +3,12 @@
 Written by temp, fsync, rename, so a file that is there is whole.
 """
 
-import hashlib
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedcore.digest import is_intact
 from fedcore.durability import sync_file
 from fedcore.errors import DiskError, NotFoundError
 from fedcore.tensor_stream import check_digest_form
@@ -85,11 +85,7 @@ class ArtifactStore:
 
     def intact(self, digest: str) -> bool:
         """Read the artifact again and compare its digest; False if it is missing or damaged."""
-        try:
-            with self.path(digest).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest() == digest
-        except OSError:
-            return False
+        return is_intact(self.path(digest), digest)
 
 
 def artifact_path(root: Path, digest: str) -> Path:

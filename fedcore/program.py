@@ -1,11 +1,15 @@
-"""How a program's command line ends: errors as two lines on stderr, and the exit code of the one table."""
+"""How a program's command line ends: errors as two lines on stderr, findings as lines, and the exit code of the one
+table.
+"""
 
 import sys
 import traceback
+from collections.abc import Iterable
 
 import typer
 
 from fedcore.errors import FedimpresError
+from fedcore.finding import Finding, Verdict
 
 
 def run_program(app: typer.Typer) -> None:
@@ -21,6 +25,19 @@ def run_program(app: typer.Typer) -> None:
     except Exception as error:
         traceback.print_exc()
         sys.exit(_report(error))
+
+
+def report_findings(findings: Iterable[Finding]) -> None:
+    """Print each finding as it comes; what the parts log goes to stderr. Exits with 1 if one failed."""
+    from fedcore.logs import configure_logs
+
+    configure_logs("warning")
+    failed = False
+    for finding in findings:
+        typer.echo(str(finding))
+        failed = failed or finding.verdict is Verdict.FAILED
+    if failed:
+        raise typer.Exit(1)
 
 
 def _report(error: Exception) -> int:

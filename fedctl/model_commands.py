@@ -1,7 +1,6 @@
 """fedctl model: the models that runs have made."""
 
 import contextlib
-import hashlib
 import json
 import os
 import sys
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedcore.digest import file_digest
 from fedcore.errors import DigestMismatchError, NotFoundError, StorageError, UsageError
 from fedcore.tensor_file import read_manifest
 from fedctl.admin import Admin, open_admin
@@ -119,8 +119,7 @@ def verified(path: Path) -> dict[str, object]:
         expected = str(card["digest"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{card_file}: is no model's card: {error!r}") from error
-    with path.open("rb") as file:
-        got = hashlib.file_digest(file, "sha256").hexdigest()
+    got = file_digest(path)
     if got != expected:
         raise DigestMismatchError(
             f"{path}: digest of the bytes is {got}, its card says {expected}", hint="download it again"

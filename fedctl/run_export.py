@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedcore.digest import file_digest
 from fedcore.errors import ConflictError, FedimpresError, NotFoundError, StorageError
 from fedctl.admin import Admin, get_run, list_records, open_admin
 from fedctl.completion import RunArgument
@@ -20,7 +21,7 @@ from fedctl.documents import FINAL_STATES, plan_document, run_document, site_doc
 from fedctl.model_commands import choose_model, fetch_model, list_models, write_json
 from fedctl.render import Output, OutputOption, note, print_object
 from fedctl.run_logs import event_document, events_of
-from fedctl.transfer import download_artifact, file_digest
+from fedctl.transfer import download_artifact
 
 if TYPE_CHECKING:
     from fedcore.v1 import admin_pb2

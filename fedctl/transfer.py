@@ -3,7 +3,6 @@ cut.
 """
 
 import contextlib
-import hashlib
 import os
 import random
 import tempfile
@@ -12,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedcore.digest import file_digest
 from fedcore.errors import (
     CallTimeoutError,
     DigestMismatchError,
@@ -115,15 +115,6 @@ def _upload(admin: "Admin", path: Path, on_bytes: OnBytes) -> str:
     if reply.digest != digest:
         raise DigestMismatchError(f"{path}: {admin.who} stored {reply.digest}, expected {digest}")
     return digest
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, lower-case hex."""
-    result = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(_READ_BYTES):
-            result.update(data)
-    return result.hexdigest()
 
 
 class _Download:

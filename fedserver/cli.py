@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedcore.program import run_program
+from fedcore.program import report_findings, run_program
 from fedserver.ca_commands import HomeOption, ca_app
 from fedserver.recovery_commands import add_to
 
@@ -65,7 +65,7 @@ Federation {name} is ready in {home}.
 Next:
   1. fedserver serve --home {home}
   2. copy {made.home.operator} to the operator's machine, then there:
-     fedctl context add {name} --credential {made.home.operator}
+     fedctl context add {name} --credential ./{made.home.operator.name}
   3. for each site:  fedctl enroll token create --site SITE
 
 {advice}""")
@@ -89,17 +89,9 @@ def preflight(home: HomeOption) -> None:
     """Check what `serve` needs on this machine: configuration, certificates, database, name, ports, disk, device. One
     line each; exits with 1 if one fails.
     """
-    from fedcore.finding import Verdict
-    from fedcore.logs import configure_logs
     from fedserver.preflight import preflight as check_machine
 
-    configure_logs("warning")
-    failed = False
-    for finding in check_machine(home, datetime.now(UTC)):
-        typer.echo(str(finding))
-        failed = failed or finding.verdict is Verdict.FAILED
-    if failed:
-        raise typer.Exit(1)
+    report_findings(check_machine(home, datetime.now(UTC)))
 
 
 @app.command("check-config")

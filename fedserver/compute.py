@@ -4,7 +4,6 @@ A command may carry `compute`, the section of fedserver.toml (device, threads); 
 "auto".
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from fedcore.compute_worker import Handler, Job, serve
 from fedcore.device import ComputeDevice, open_device
+from fedcore.digest import is_intact
 from fedcore.errors import ConfigError, FedimpresError, PlanError, TensorMismatchError
 from fedcore.evaluation import evaluate
 from fedcore.models import build_model
@@ -341,16 +341,7 @@ def _size(specs: Iterable[TensorSpec]) -> int:
 
 def _damaged(updates: Sequence[Mapping[str, Any]]) -> list[str]:
     """The sites whose update's file has not the digest that it is stored under."""
-    damaged = []
-    for update in updates:
-        try:
-            with Path(update["path"]).open("rb") as file:
-                whole = hashlib.file_digest(file, "sha256").hexdigest() == update["digest"]
-        except OSError:
-            whole = False
-        if not whole:
-            damaged.append(update["site"])
-    return damaged
+    return [update["site"] for update in updates if not is_intact(Path(update["path"]), update["digest"])]
 
 
 def _path(text: str | None) -> Path | None:

@@ -5,7 +5,6 @@ by a rule that sees where the round began, the mean, and what the strategy keeps
 at a time, so memory grows neither with the number of sites nor with the depth of the model.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fedcore.digest import file_digest
 from fedcore.errors import LearningError
 from fedcore.models.state_file import TORCH_DTYPES
 from fedcore.tensor_file import EXTRA_PREFIX, TensorManifest, TensorSpec
@@ -135,8 +135,7 @@ class _TensorsOut:
 
     def digest(self) -> str:
         """The file's SHA-256, once it is whole."""
-        with self._path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(self._path)
 
     def _write(self, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data)

@@ -328,23 +328,23 @@ def _plain(value: object) -> str:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    from fedcore.errors import ConfigError
+    from fedcore.errors import UsageError
 
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not names:
-        raise ConfigError(f"--strategies {text!r}: names no strategy")
+        raise UsageError(f"--strategies {text!r}: names no strategy")
     return names
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    from fedcore.errors import ConfigError
+    from fedcore.errors import UsageError
 
     try:
         seeds = tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
     except ValueError as error:
-        raise ConfigError(f"--seeds {text!r}: expected whole numbers, separated by commas") from error
+        raise UsageError(f"--seeds {text!r}: expected whole numbers, separated by commas") from error
     if not seeds or min(seeds) < 0:
-        raise ConfigError(f"--seeds {text!r}: expected whole numbers from 0")
+        raise UsageError(f"--seeds {text!r}: expected whole numbers from 0")
     return seeds
 
 

@@ -24,6 +24,7 @@ from fedcore.data.benchmark_sets import Federation
 from fedcore.data.partition import class_counts
 from fedcore.device import ComputeDevice
 from fedcore.errors import FedimpresError, InternalError, PlanError
+from fedcore.models import learns_from_images
 from fedcore.models.state_file import load_tensors, save_state
 from fedcore.plan import Plan
 from fedcore.round_record import RoundRecord
@@ -308,7 +309,7 @@ class Simulation:
         return digest
 
     def _measure(self, site: str, number: int, start: Path, update: Path) -> None:
-        if self._plan.model.name == "noop":
+        if not learns_from_images(self._plan.model.name):
             return
         counts = class_counts(self._images[site].train.labels, self._plan.model.classes)
         self._meter.measure(
@@ -369,7 +370,7 @@ def check_sites(plan: Plan, federation: Federation) -> tuple[str, ...]:
         )
     if len(sites) < plan.min_sites:
         raise PlanError(f"plan: min_sites is {plan.min_sites}, the federation has {len(sites)} sites")
-    if plan.model.name != "noop" and plan.model.classes < len(federation.class_names):
+    if learns_from_images(plan.model.name) and plan.model.classes < len(federation.class_names):
         raise PlanError(
             f"plan: model.classes is {plan.model.classes}, "
             f"{federation.dataset} has {len(federation.class_names)} classes"

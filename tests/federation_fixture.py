@@ -79,6 +79,8 @@ class Federation:
     journey: dict[str, Said] = field(default_factory=dict)
     # Through which the agent of BEHIND_PROXY dials out; only a federation of `build` has one.
     line: SlowLine | None = None
+    # Where the coordinator and the agent of SHARING show their metrics; only a federation of `build` has these ports.
+    metrics_ports: dict[str, int] = field(default_factory=dict)
 
     @property
     def server_home(self) -> Path:
@@ -457,8 +459,14 @@ def build(root: Path, sites: Sequence[str] = SITES) -> Federation:
     """The operators' journey up to the connected agents. Each of its lines is a command; what is said again, to enrol the
     sites after the first, is said from this process, which saves seconds.
     """
-    port, enroll_port = free_ports(2)
-    made = Federation(root, port, enroll_port, line=SlowLine())
+    port, enroll_port, *shown = free_ports(4)
+    made = Federation(
+        root,
+        port,
+        enroll_port,
+        line=SlowLine(),
+        metrics_ports=dict(zip(("coordinator", SHARING), shown, strict=True)),
+    )
     try:
         _build(made, sites)
     except BaseException:
@@ -475,7 +483,8 @@ def _build(made: Federation, sites: Sequence[str]) -> None:
     )
     assert said.code == 0, said
     config = made.server_home / "fedserver.toml"
-    config.write_text(config.read_text() + "\nheartbeat_interval_s = 1.0\n[compute]\nthreads = 1\n")
+    shown = f"[metrics]\nport = {made.metrics_ports['coordinator']}\n"
+    config.write_text(config.read_text() + "\nheartbeat_interval_s = 1.0\n[compute]\nthreads = 1\n" + shown)
     made.start_coordinator()
     operator = str(made.server_home / "operator")
     made.journey["context"] = made.ctl("context", "add", NAME, "--credential", operator)
@@ -516,6 +525,7 @@ def configure_agent(made: Federation, site: str, data: Path, class_names: Sequen
         "data": {"kind": "npz", "path": str(data), "class_names": list(class_names)},
         "compute": {"device": "cpu", "threads": 1},
         "policy": {"share_class_metrics": True},
+        **({"metrics": {"port": made.metrics_ports[site]}} if site in made.metrics_ports else {}),
     }
     (made.site_home(site) / "agent.toml").write_text(to_toml(config), encoding="utf-8")
 

@@ -15,7 +15,7 @@ from fedcore.plugins import load_plugin, plugin_names
 if TYPE_CHECKING:
     from fedcore.models.base import FederatedModel
 
-__all__ = ["BUILT_IN", "build_model", "model_names"]
+__all__ = ["BUILT_IN", "build_model", "learns_from_images", "model_names"]
 
 # Each module has `build(section) -> FederatedModel`.
 BUILT_IN = {
@@ -29,6 +29,11 @@ BUILT_IN = {
 def model_names() -> list[str]:
     """Names that `build_model` knows here, plug-ins included. Imports neither torch nor a plug-in."""
     return sorted([*BUILT_IN, *plugin_names("fedimpres.models", BUILT_IN)])
+
+
+def learns_from_images(name: str) -> bool:
+    """Whether the model is trained and scored on images. `noop` is not: its updates come from no image."""
+    return name != "noop"
 
 
 def build_model(section: ModelSection) -> "FederatedModel":
