@@ -30,8 +30,8 @@ test-long: $(STAMP)  ## what takes longer: the units as started, the factory's R
 test-deploy: $(STAMP)  ## as root: the bundle on machines with systemd, firewalls and proxies, in name spaces
 	$(BIN)/python -m pytest -m long tests/integration/test_deployment.py
 
-chaos: $(STAMP)  ## every fault in every phase of a round, three times; writes chaos.json (SEED=N repeats one)
-	$(BIN)/python -m tests.faults.chaos --repeats 3 --out chaos.json $(if $(SEED),--seed $(SEED))
+chaos: $(STAMP)  ## every fault in every phase of a round, three times; writes chaos.json (SEED=N CELL=FAULT/PHASE repeats one)
+	$(BIN)/python -m tests.faults.chaos --out chaos.json $(if $(SEED),--seed $(SEED)) $(if $(CELL),--cell '$(CELL)',--repeats 3)
 
 check: $(STAMP)  ## ruff, mypy --strict, import-linter, generated stubs up to date
 	$(BIN)/ruff check .

@@ -95,6 +95,7 @@ class Tasks:
                 task.plan_json, objective=task.objective, has_impressions=task.HasField("impressions")
             )
             self._forget_other_runs(task.run)
+            self._forget_rounds(task.run, task.round, inputs_of(task))
             for attempt in range(1, _TRAIN_ATTEMPTS + 1):
                 try:
                     return await self._train_and_deliver(task)
@@ -120,6 +121,7 @@ class Tasks:
         try:
             self._check_allowed(task.plan_json, objective=None, has_impressions=False)
             self._forget_other_runs(task.run)
+            self._forget_rounds(task.run, task.round + 1, task.model.digest)
             model = await self._transfers.fetch(
                 task.model,
                 self._reporter(task.run, task.round, "fetching"),
@@ -301,15 +303,28 @@ class Tasks:
                     record.unlink()
         self._present_run = run
 
+    def _forget_rounds(self, run: str, before: int, inputs: str) -> None:
+        """Remove the updates of rounds that are over, but nothing of the present task's `inputs` (digests).
+
+        The coordinator may ask for what follows an update before its answer to the delivery is here.
+        """
+        for path in self._home.tasks.glob(f"{run}~*.json"):
+            round_number = path.stem.rpartition("~")[2]
+            if round_number.isdecimal() and int(round_number) < before:
+                with contextlib.suppress(OSError):
+                    self._drop_record(path, inputs)
+
     def _record_path(self, run: str, round_number: int) -> Path:
         return self._home.tasks / f"{run}~{round_number}.json"
 
     def _drop(self, task: federation_pb2.TrainTask) -> None:
-        path = self._record_path(task.run, task.round)
+        self._drop_record(self._record_path(task.run, task.round), inputs_of(task))
+
+    def _drop_record(self, path: Path, inputs: str) -> None:
+        """Delete a finished task's record, and its update unless that is among `inputs` (digests)."""
         record = load_record(path)
         path.unlink(missing_ok=True)
-        inputs = {task.model.digest, task.impressions.digest, task.strategy_state.digest}
-        if record is not None and record["digest"] not in inputs:
+        if record is not None and record["digest"] not in inputs.split(","):
             self._store.delete(record["digest"])
 
 

@@ -1,9 +1,14 @@
-"""A standing federation for chaos: three agents, each behind a relay of its own, every program under libfaketime."""
+"""A standing federation for chaos: three agents, each behind a relay of its own, every program in a world of its own (its
+wall clock, what is durable of its files: `preload/world.c`).
+"""
 
 import json
 import os
 import resource
+import shutil
 import sqlite3
+import struct
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -13,6 +18,7 @@ from typing import Any
 
 from fedctl.demo_plan import to_toml
 from fedctl.demo_processes import free_ports
+from tests.faults.power_cut import Durable
 from tests.faults.relay import Relay
 from tests.federation_fixture import (
     CLASSES,
@@ -30,9 +36,18 @@ PARAMS = 2 << 20
 CHUNK_BYTES = 2 << 20
 ROUNDS = 2
 _PRELOAD = Path(__file__).parent / "preload"
-FAKETIME = next(
-    (p for p in map(Path, ("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1",)) if p.is_file()), None
-)
+_ROOT = Path(__file__).parents[2]
+COMPILER = shutil.which("cc")
+
+
+def compile_world(folder: Path) -> Path:
+    """The library of `preload/world.c`, in a folder; made there the first time. Needs COMPILER."""
+    library = folder / "world.so"
+    if not library.exists():
+        source = str(_PRELOAD / "world.c")
+        command = ["cc", "-shared", "-fPIC", "-O1", "-o", str(library), source, "-ldl"]
+        subprocess.run(command, check=True, capture_output=True)
+    return library
 
 
 def upload_document(**changes: Any) -> dict[str, Any]:
@@ -60,45 +75,60 @@ def _patient(changes: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class ChaosFederation(Federation):
-    """Agents dial their relay; the clock of a program is that of its file below `clocks`."""
+    """Agents dial their relay; a program's wall clock is the machine's, moved by `set_clock`."""
 
     relays: dict[str, Relay] = field(default_factory=dict)
+    # The name of the guard that is broken in its programs; see `mutants`.
+    mutant: str = ""
+    _starting: str = ""
+    _durable: dict[str, Durable] = field(default_factory=dict)
 
     def start(self, name: str, program: str, *arguments: str) -> None:
         self._starting = name
+        self._durable[name] = Durable(self.root / name, self._synced(name))
         try:
             super().start(name, program, *arguments)
         finally:
             self._starting = ""
 
     def environment(self) -> dict[str, str]:
-        plain = super().environment()
-        name = getattr(self, "_starting", "")
-        if FAKETIME is None or not name:
+        temporary = self.root / "temporary"
+        temporary.mkdir(exist_ok=True)
+        plain = {**super().environment(), "TMPDIR": str(temporary)}
+        name = self._starting
+        if not name:
             return plain
-        return {
-            **plain,
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(_PRELOAD), plain.get("PYTHONPATH", "")))),
-            "LD_PRELOAD": str(FAKETIME),
-            "FAKETIME_TIMESTAMP_FILE": str(self.clock(name)),
-            "FAKETIME_NO_CACHE": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            "FAKETIME_DISABLE_SHM": "1",
-            "NO_FAKE_STAT": "1",
-        }
+        plain["PYTHONPATH"] = os.pathsep.join(
+            filter(None, (str(_PRELOAD), str(_ROOT), plain.get("PYTHONPATH", "")))
+        )
+        if self.mutant:
+            plain["CHAOS_MUTANT"] = self.mutant
+        if COMPILER is not None:
+            plain["LD_PRELOAD"] = str(compile_world(self.root))
+            plain["WORLD_CLOCK"] = str(self._clock(name))
+            plain["WORLD_SYNCED"] = str(self._synced(name))
+        return plain
 
-    def clock(self, name: str) -> Path:
-        """The file that holds how far a program's wall clock is off."""
-        path = self.root / "clocks" / name
+    def _clock(self, name: str) -> Path:
+        """The file that holds by how many seconds a program's wall clock is off."""
+        path = self.root / f"{name}.clock"
         if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            path.write_text("+0")
+            path.write_bytes(struct.pack("=q", 0))
         return path
 
     def set_clock(self, name: str, seconds: int) -> None:
-        staged = self.clock(name).with_suffix(".new")
-        staged.write_text(f"{seconds:+d}")
-        staged.replace(self.clock(name))
+        with self._clock(name).open("r+b") as file:
+            file.write(struct.pack("=q", seconds))
+
+    def _synced(self, name: str) -> Path:
+        return self.root / f"{name}.synced"
+
+    def cut_power(self, name: str) -> list[str]:
+        """Kill a program and its compute process, and take away what of its files was not durable. Returns which files
+        became shorter.
+        """
+        self.kill_with_compute(name)
+        return self._durable[name].cut_power()
 
     def enrol(self, site: str) -> None:
         from fedagent.enroll import enroll
@@ -193,7 +223,7 @@ class ChaosFederation(Federation):
 
     def left_files(self) -> list[str]:
         """Files that no finished run needs: half-arrived, temporary, results not delivered."""
-        homes = {"coordinator": ("spool/*", "artifacts/tmp/*")}
+        homes = {"coordinator": ("spool/*", "artifacts/tmp/*"), "temporary": ("*",)}
         homes |= dict.fromkeys(SITES, ("artifacts/tmp/*", "artifacts/partial/*", "tasks/*"))
         return [
             str(path.relative_to(self.root))
@@ -218,10 +248,10 @@ class ChaosFederation(Federation):
         return found
 
 
-def build(root: Path) -> ChaosFederation:
+def build(root: Path, mutant: str = "") -> ChaosFederation:
     """Coordinator and agents, connected."""
     port, enroll_port = free_ports(2)
-    made = ChaosFederation(root, port, enroll_port)
+    made = ChaosFederation(root, port, enroll_port, mutant=mutant)
     try:
         home = ("--home", str(made.server_home), "--name", "lab", "--host", "127.0.0.1")
         said = made.command(

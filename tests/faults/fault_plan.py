@@ -37,11 +37,13 @@ class Fault:
 @dataclass(frozen=True)
 class Kill(Fault):
     """`kill -9` of "coordinator", "compute" (the coordinator's) or a site's agent; it is started again, unless `for_good`:
-    an agent then stays away until the run has ended.
+    an agent then stays away until the run has ended. With `power`, the machine's power goes: its compute process dies too,
+    and what was not synced to the disk is lost (where there is a C compiler; else it is a plain kill).
     """
 
     who: str = "coordinator"
     for_good: bool = False
+    power: bool = False
 
     @property
     def name(self) -> str:
@@ -133,8 +135,10 @@ class FaultPlan:
     def __iter__(self) -> Iterator[Fault]:
         return iter(self.faults)
 
-    def kill(self, who: str, *, phase: Phase, round: int = 1, for_good: bool = False) -> "FaultPlan":
-        return self._and(Kill(phase, round, who, for_good))
+    def kill(
+        self, who: str, *, phase: Phase, round: int = 1, for_good: bool = False, power: bool = False
+    ) -> "FaultPlan":
+        return self._and(Kill(phase, round, who, for_good, power))
 
     def cut(
         self, site: str = VICTIM, *, phase: Phase, round: int = 1, half_open: bool = False

@@ -103,7 +103,17 @@ def counted_twice(federation: ChaosFederation, run: str) -> list[str]:
     return found
 
 
-def leaks(federation: ChaosFederation, usual: Counter[str]) -> list[str]:
+def lost(federation: ChaosFederation, run: str, since: dict[str, int]) -> list[str]:
+    """Updates that sites were told are stored, and had to deliver again: by their logs from the bytes `since` on."""
+    told: Counter[str] = Counter()
+    for site in SITES:
+        for line in federation.log(site, since[site]).splitlines():
+            if "update delivered" in line and "OUTCOME_STORED" in line and run in line:
+                told[f"{site} round {json.loads(line)['round']}"] += 1
+    return [f"{which}: told {number} times that it is stored" for which, number in told.items() if number > 1]
+
+
+def leaks(federation: ChaosFederation, usual: Counter[str], usual_files: set[str]) -> list[str]:
     """Files, processes, descriptors and threads that are left after a moment's patience."""
 
     def left() -> list[str]:
@@ -113,7 +123,8 @@ def leaks(federation: ChaosFederation, usual: Counter[str]) -> list[str]:
             for what, number in held.items()
             if number > usual[what] + _SLACK[what.split()[-1]]
         ]
-        return [*federation.left_files(), *federation.strays(), *grown]
+        files = sorted(set(federation.left_files()) - usual_files)
+        return [*files, *federation.strays(), *grown]
 
     try:
         wait_until(lambda: not left(), "nothing left", timeout_s=10)

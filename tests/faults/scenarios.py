@@ -1,12 +1,12 @@
 """The matrix: every fault in every phase, as seeded scenarios. What a cell means, and which cells can't be, stands here."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tests.faults.chaos_federation import FAKETIME, impressions_document, upload_document
-from tests.faults.fault_plan import PHASES, VICTIM, FaultPlan, Phase
+from tests.faults.chaos_federation import COMPILER, impressions_document, upload_document
+from tests.faults.fault_plan import PHASES, VICTIM, FaultPlan, FlippedBit, Phase, TornJournal
 
 # Phases that only the second round has.
 _SECOND: tuple[Phase, ...] = ("synthesising", "between rounds")
@@ -24,11 +24,22 @@ class Scenario:
     document: dict[str, Any]
     outcome: str = "DONE"
 
+    def __str__(self) -> str:
+        return f"{self.fault}/{self.phase} {self.seed}"
+
+    @property
+    def loses(self) -> bool:
+        """Whether the fault itself takes updates away that were confirmed, so that sites are rightly asked again."""
+        return any(
+            isinstance(one, TornJournal) or (isinstance(one, FlippedBit) and one.what == "update")
+            for one in self.plan
+        )
+
 
 def impossible(fault: str, phase: Phase) -> str:
     """Why a cell can't be; empty if it can."""
-    if fault == "clock jump" and FAKETIME is None:
-        return "libfaketime is not installed (apt-get install faketime)"
+    if fault == "clock jump" and COMPILER is None:
+        return "there is no C compiler for preload/world.c (apt-get install gcc)"
     return ""
 
 
@@ -47,14 +58,14 @@ def scenario(seed: int, fault: str, phase: Phase) -> Scenario:
 Planned = tuple[FaultPlan, str]
 
 
-def _kill(plan: FaultPlan, who: str, phase: Phase, number: int) -> Planned:
-    return plan.kill(who, phase=phase, round=number), "DONE"
+def _kill_coordinator(plan: FaultPlan, draw: random.Random, phase: Phase, number: int) -> Planned:
+    return plan.kill("coordinator", power=draw.random() < 0.5, phase=phase, round=number), "DONE"
 
 
 def _kill_agent(plan: FaultPlan, draw: random.Random, phase: Phase, number: int) -> Planned:
-    for_good = phase in ("training", "uploading") and draw.random() < 0.3
-    killed = plan.kill(VICTIM, phase=phase, round=number, for_good=for_good)
-    return killed, "DEGRADED" if for_good else "DONE"
+    if phase in ("training", "uploading") and draw.random() < 0.3:
+        return plan.kill(VICTIM, for_good=True, phase=phase, round=number), "DEGRADED"
+    return plan.kill(VICTIM, power=draw.random() < 0.5, phase=phase, round=number), "DONE"
 
 
 def _cut(plan: FaultPlan, draw: random.Random, phase: Phase, number: int) -> Planned:
@@ -103,8 +114,8 @@ def _disk_full(plan: FaultPlan, draw: random.Random, phase: Phase, number: int) 
 
 
 _PLANS: dict[str, Callable[[FaultPlan, random.Random, Phase, int], Planned]] = {
-    "kill coordinator": lambda plan, _, phase, number: _kill(plan, "coordinator", phase, number),
-    "kill compute": lambda plan, _, phase, number: _kill(plan, "compute", phase, number),
+    "kill coordinator": _kill_coordinator,
+    "kill compute": lambda plan, _, phase, number: (plan.kill("compute", phase=phase, round=number), "DONE"),
     "kill agent": _kill_agent,
     "cut": _cut,
     "partition": _partition,
@@ -119,10 +130,25 @@ _PLANS: dict[str, Callable[[FaultPlan, random.Random, Phase, int], Planned]] = {
 FAULTS = tuple(_PLANS)
 
 
+def cells() -> Iterator[tuple[str, Phase]]:
+    """Every fault in every phase."""
+    return ((fault, phase) for fault in FAULTS for phase in PHASES)
+
+
 def matrix(seed: int, repeats: int) -> Iterator[Scenario]:
-    """Every cell `repeats` times, shuffled."""
-    cells = [(fault, phase) for fault in FAULTS for phase in PHASES if not impossible(fault, phase)]
-    numbered = [(seed + n, *cell) for n, cell in enumerate(cells * repeats)]
+    """Every cell that can be, `repeats` times, shuffled."""
+    possible = [cell for cell in cells() if not impossible(*cell)]
+    numbered = [(seed + n, *cell) for n, cell in enumerate(possible * repeats)]
     random.Random(seed).shuffle(numbered)
     for one, fault, phase in numbered:
         yield scenario(one, fault, phase)
+
+
+def selection(phases: Sequence[Phase], seed: int = 0) -> list[Scenario]:
+    """Five faults of each phase, dealt so that all phases together have each fault three or four times."""
+    return [
+        scenario(seed + 12 * at + n, FAULTS[(5 * at + n) % len(FAULTS)], phase)
+        for at, phase in enumerate(PHASES)
+        if phase in phases
+        for n in range(5)
+    ]

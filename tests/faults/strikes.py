@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +15,7 @@ from fedcore.compute_worker import Job
 from fedcore.errors import ConflictError, FedimpresError, TransferError
 from fedcore.plan import plan_from_json
 from tests.faults import fault_plan as faults
-from tests.faults.chaos_federation import ChaosFederation
+from tests.faults.chaos_federation import COMPILER, ChaosFederation
 from tests.faults.phases import LAST
 from tests.faults.raw_site import RawSite
 from tests.faults.torn_wal import tear
@@ -92,7 +93,10 @@ class Strike:
             self._at_the_end.callback(federation.wait_connected, fault.who)
             self._at_the_end.callback(federation.start_agent, fault.who)
             return
-        federation.kill(fault.who)
+        if fault.power and COMPILER is not None:
+            federation.cut_power(fault.who)
+        else:
+            federation.kill(fault.who)
         federation.start_coordinator() if fault.who == "coordinator" else federation.start_agent(fault.who)
 
     def _partition(self, fault: faults.Partition) -> None:
@@ -101,8 +105,6 @@ class Strike:
         self._mending.callback(relay.heal)
         if fault.seconds is not None:
             # The phase may hold the same line: what it held comes through when the partition ends.
-            import time
-
             time.sleep(fault.seconds)
             return
         self._symptom = lambda: self._wait_event("site_let_go")
@@ -127,13 +129,17 @@ class Strike:
                 raise AssertionError("resumed without a journal")
             self._mending.close()
         else:
-            self._symptom = lambda: self._wait_log(log_of, since, '"storage"')
+            told = ('"code": "disk"', '"code": "storage"')
+            self._symptom = lambda: self._wait_log(log_of, since, *told)
 
     def _wait_event(self, kind: str) -> None:
         wait_until(lambda: kind in self._federation.journal(self._run), kind)
 
-    def _wait_log(self, name: str, since: dict[str, int], text: str) -> None:
-        wait_until(lambda: text in self._federation.log(name, since[name]), f"{name} says {text!r}")
+    def _wait_log(self, name: str, since: dict[str, int], *texts: str) -> None:
+        def said() -> bool:
+            return any(text in self._federation.log(name, since[name]) for text in texts)
+
+        wait_until(said, f"{name} says {' or '.join(texts)}")
 
     def _flip(self, fault: faults.FlippedBit) -> None:
         federation, home = self._federation, self._federation.site_home(fault.site)

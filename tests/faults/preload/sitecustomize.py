@@ -1,5 +1,8 @@
-"""For programs under libfaketime: their compute processes are not, whose time.sleep it breaks (EINVAL)."""
+"""Loaded by every program of a chaos federation before anything else: breaks the guard that $CHAOS_MUTANT names, if any."""
 
 import os
 
-os.environ.pop("LD_PRELOAD", None)
+if name := os.environ.get("CHAOS_MUTANT"):
+    from tests.faults.mutants import break_guard
+
+    break_guard(name)

@@ -150,6 +150,34 @@ def test_what_other_runs_left_goes_when_the_next_begins(
     assert (local / "blood-2" / "trained").exists()
 
 
+def test_an_update_whose_answer_never_came_goes_with_what_is_asked_next(
+    site: Site, host: ComputeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The coordinator asks for the evaluation as soon as the last update is there, perhaps before it answers that."""
+
+    async def silent(*args: Any) -> Any:
+        await asyncio.Event().wait()
+
+    async def story() -> None:
+        record, kept = site.home.tasks / "blood-1~1.json", site.home.tasks / "blood-1~2.json"
+        delivering = asyncio.create_task(site.tasks.train(site.train("blood-1")))
+        while not record.exists():
+            await asyncio.sleep(0.01)
+        update = (load_record(record) or {})["digest"]
+        delivering.cancel()
+        await asyncio.gather(delivering, return_exceptions=True)
+        assert update in site.store, "it would be offered again"
+        kept.write_text("{}")
+        await site.tasks.evaluate(site.evaluate("blood-1"))
+        assert not record.exists()
+        assert update not in site.store
+        assert site.model in site.store
+        assert kept.exists(), "a later round's"
+
+    site.delivers(silent, monkeypatch)
+    go(host, story())
+
+
 def test_a_full_disk_of_ones_own_trains_again_and_then_tells(
     site: Site, host: ComputeHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
