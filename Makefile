@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 OUT    ?= demo-out
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long chaos test-deploy check format protos bench results results-quick bundle bundle-cuda bundle-cuda-manifest clean
+.PHONY: help install demo test test-long chaos chaos-mutants test-deploy check format protos bench results results-quick bundle bundle-cuda bundle-cuda-manifest clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -30,8 +30,11 @@ test-long: $(STAMP)  ## what takes longer: the units as started, the factory's R
 test-deploy: $(STAMP)  ## as root: the bundle on machines with systemd, firewalls and proxies, in name spaces
 	$(BIN)/python -m pytest -m long tests/integration/test_deployment.py
 
-chaos: $(STAMP)  ## every fault in every phase of a round, three times; writes chaos.json (SEED=N CELL=FAULT/PHASE repeats one)
-	$(BIN)/python -m tests.faults.chaos --out chaos.json $(if $(SEED),--seed $(SEED)) $(if $(CELL),--cell '$(CELL)',--repeats 3)
+chaos: $(STAMP)  ## every fault in every phase of a round, three times; writes chaos.json (SEED=N repeats a matrix)
+	$(BIN)/python -m tests.faults.chaos --repeats 3 --out chaos.json $(if $(SEED),--seed $(SEED))
+
+chaos-mutants: $(STAMP)  ## guards of the product broken one at a time: the chaos suite must see each; writes mutants.json
+	$(BIN)/python -m tests.faults.chaos_mutants --out mutants.json
 
 check: $(STAMP)  ## ruff, mypy --strict, import-linter, generated stubs up to date
 	$(BIN)/ruff check .

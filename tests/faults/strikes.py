@@ -51,12 +51,7 @@ class Strike:
             case faults.DiskFull():
                 self._fill(self._fault)
             case faults.TornJournal():
-                self._federation.kill("coordinator")
-                lost = tear(self._federation.server_home / "fedserver.db", self._fault.records)
-                since = self._federation.log_size("coordinator")
-                self._federation.start_coordinator()
-                said = self._federation.log("coordinator", since)
-                assert "has lost its last records" in said, f"{lost} records were lost, and nobody noticed"
+                self._tear(self._fault)
             case faults.FlippedBit():
                 self._flip(self._fault)
             case faults.Duplicate():
@@ -140,6 +135,18 @@ class Strike:
             return any(text in self._federation.log(name, since[name]) for text in texts)
 
         wait_until(said, f"{name} says {' or '.join(texts)}")
+
+    def _tear(self, fault: faults.TornJournal) -> None:
+        federation = self._federation
+        federation.kill("coordinator")
+        lost = tear(federation.server_home / "fedserver.db", fault.records)
+        since = federation.log_size("coordinator")
+        federation.start_coordinator()
+        said = federation.log("coordinator", since)
+        assert "has lost its last records" in said, f"{lost} records were lost, and nobody noticed"
+        if federation.run(self._run).state == "PAUSED" and fault.phase != "between rounds":
+            # What an operator asked for can't be found out again from the sites: they see it, and ask again.
+            federation.control("ResumeRun", self._run)
 
     def _flip(self, fault: faults.FlippedBit) -> None:
         federation, home = self._federation, self._federation.site_home(fault.site)
