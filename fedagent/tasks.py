@@ -274,6 +274,7 @@ class Tasks:
     def _failed(
         self, run: str, round_number: int, error: FedimpresError | OSError, *, evaluating: bool
     ) -> None:
+        self._transfers.forget_partial()  # perhaps what filled the disk
         log.error(
             "task failed",
             run=run,

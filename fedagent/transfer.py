@@ -104,6 +104,11 @@ class Transfers:
             if path.stem not in digests:
                 path.unlink(missing_ok=True)
 
+    def forget_partial(self) -> None:
+        """Delete what has come of artifacts whose fetch was given up. Call while no fetch is in progress."""
+        for path in self._partial.iterdir():
+            path.unlink(missing_ok=True)
+
     async def _insist(self, attempt: Callable[[], Awaitable[T]], what: str) -> T:
         delay = _BACKOFF_S[0]
         while True:

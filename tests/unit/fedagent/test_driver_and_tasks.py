@@ -178,6 +178,14 @@ def test_an_update_whose_answer_never_came_goes_with_what_is_asked_next(
     go(host, story())
 
 
+def test_a_task_that_failed_leaves_no_half_fetched_file(site: Site, host: ComputeHost) -> None:
+    partial = site.home.artifacts / "partial" / f"{'0' * 64}.part"
+    partial.write_bytes(b"what came before the disk was full")
+    go(host, site.tasks.evaluate(site.evaluate("blood-1")))
+    assert site.failures()
+    assert not partial.exists()
+
+
 def test_a_full_disk_of_ones_own_trains_again_and_then_tells(
     site: Site, host: ComputeHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
