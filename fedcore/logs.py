@@ -1,8 +1,9 @@
 """Structured logs on stderr: JSON lines off a terminal, readable lines on one."""
 
+import contextlib
 import logging
 import sys
-from typing import TextIO
+from typing import TextIO, cast
 
 import structlog
 
@@ -15,9 +16,10 @@ def configure_logs(
     """Send structlog's events, and warnings of libraries that use `logging`, to `stream` (stderr if not
     given); structlog's go through `keep` as well.
 
-    Every event has `at` (RFC 3339, UTC) and `level`. Call once, at the start of a program.
+    Every event has `at` (RFC 3339, UTC) and `level`. A line that can't be written, on a full disk, is lost; logging never
+    raises OSError. Call once, at the start of a program.
     """
-    out = stream or sys.stderr
+    out = cast("TextIO", _Forgiving(stream or sys.stderr))
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -36,6 +38,25 @@ def configure_logs(
         cache_logger_on_first_use=False,
     )
     _route_stdlib(shared, ending, out)
+
+
+class _Forgiving:
+    """A stream that loses what it can't write: whoever logs has other work, which goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
 
 
 def _route_stdlib(

@@ -16,7 +16,7 @@ from tests.faults.scenarios import Scenario
 from tests.faults.strikes import Strike
 
 # Longer than any run takes that ends at all, on a machine that has much else to do.
-_END_S = 120.0
+_END_S = 300.0
 # What a federation's home may need; fsync on a tmpfs costs nothing, on a busy disk most of a scenario's time.
 _ROOM_BYTES = 2 << 30
 

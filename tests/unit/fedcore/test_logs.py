@@ -1,5 +1,6 @@
 """Log lines that a machine can read."""
 
+import errno
 import io
 import json
 import logging
@@ -32,6 +33,27 @@ def test_events_are_json_lines_above_the_level():
     (line,) = lines(out)
     assert (line["event"], line["level"], line["site"]) == ("site connected", "info", "clinic-ü")
     assert str(line["at"]).endswith("Z")
+
+
+class FullDisk(io.StringIO):
+    """Takes nothing while `full`."""
+
+    full = True
+
+    def write(self, text: str) -> int:
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(text)
+
+
+def test_a_line_that_the_disk_does_not_take_is_lost_and_stops_nobody():
+    out = FullDisk()
+    configure_logs("info", out)
+    structlog.get_logger("x").info("update stored")
+    logging.getLogger("library").warning("deprecated")
+    out.full = False
+    structlog.get_logger("x").info("round finished")
+    assert [line["event"] for line in lines(out)] == ["round finished"]
 
 
 def test_tracebacks_are_kept_on_one_line():
