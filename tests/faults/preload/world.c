@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -37,6 +38,22 @@ int clock_gettime(clockid_t id, struct timespec *now) {
     if (result == 0 && shift_s != NULL && (id == CLOCK_REALTIME || id == CLOCK_REALTIME_COARSE))
         now->tv_sec += *shift_s;
     return result;
+}
+
+/* gRPC's wheels read the clock past the C library; a program with two wall clocks would see deadlines long gone. */
+long syscall(long number, ...) {
+    static long (*real)(long, ...);
+    long given[6];
+    va_list list;
+    va_start(list, number);
+    for (int i = 0; i < 6; i++)
+        given[i] = va_arg(list, long);
+    va_end(list);
+    if (number == SYS_clock_gettime)
+        return clock_gettime((clockid_t)given[0], (struct timespec *)given[1]);
+    if (real == NULL)
+        real = (long (*)(long, ...))dlsym(RTLD_NEXT, "syscall");
+    return real(number, given[0], given[1], given[2], given[3], given[4], given[5]);
 }
 
 int gettimeofday(struct timeval *now, void *zone) {
