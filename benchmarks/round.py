@@ -35,6 +35,8 @@ from fedctl.demo_federation import (
 from fedctl.demo_processes import ProcessGroup, free_ports
 
 MODEL_BYTES_PER_PARAM = 4
+# A round of 16 sites with 400 MB models moves 13 GB.
+ROUND_S = 900.0
 PLAN = """
 name = "bench"
 rounds = {rounds}
@@ -137,10 +139,10 @@ def one_round(admin: Admin, run: str, group: ProcessGroup) -> None:
     """Let exactly one round happen: resume, and ask for the next pause while it is under way."""
     control = admin_pb2.ControlRunRequest(run=run)
     before = admin.call(lambda s: s.ResumeRun, control)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + ROUND_S
     while (state := admin.call(lambda s: s.GetRun, admin_pb2.GetRunRequest(run=run))).phase == "waiting":
         if time.monotonic() > deadline:
-            raise SystemExit(f"the round did not open within 120 s: {state.reason}")
+            raise SystemExit(f"the round did not open within {ROUND_S:.0f} s: {state.reason}")
         time.sleep(0.005)
     if before.round + 1 < before.rounds:
         admin.call(lambda s: s.PauseRun, control)
@@ -150,7 +152,7 @@ def one_round(admin: Admin, run: str, group: ProcessGroup) -> None:
 
 def wait_paused(admin: Admin, run: str) -> None:
     """Wait until the run is paused or over."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + ROUND_S
     while True:
         message = admin.call(lambda s: s.GetRun, admin_pb2.GetRunRequest(run=run))
         if message.state in ("PAUSED", "DONE"):

@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,9 +56,11 @@ class LocalFederation:
         return self.root / "sites" / site
 
 
-def start_coordinator(federation: LocalFederation, group: ProcessGroup) -> None:
-    """`fedserver init` and `fedserver serve`; returns when it listens. Raises ComputeError,
-    UnreachableError.
+def start_coordinator(
+    federation: LocalFederation, group: ProcessGroup, prepare: Callable[[], None] = lambda: None
+) -> None:
+    """`fedserver init`, `prepare` for who wants to find things in the new home, and `fedserver serve`; returns when it
+    listens. Raises ComputeError, UnreachableError.
     """
     init = ["init", "--home", str(federation.server_home), "--name", federation.name, "--host", HOST]
     init += ["--port", str(federation.port), "--enroll-port", str(federation.enroll_port)]
@@ -74,6 +76,7 @@ def start_coordinator(federation: LocalFederation, group: ProcessGroup) -> None:
         "compute": {"threads": 1},
     }
     (federation.server_home / "fedserver.toml").write_text(to_toml(config), encoding="utf-8")
+    prepare()
     serve = ["serve", "--home", str(federation.server_home), "--lifeline", "{lifeline}"]
     group.start("coordinator", _program("fedserver", serve))
     group.wait_for_port("coordinator", federation.port)
