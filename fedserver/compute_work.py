@@ -85,7 +85,7 @@ class ComputeWork:
                 case Initialise():
                     path = str(self._store.find(initial)) if initial else None
                     result = await self._run("initialise", on_progress, plan=plan, initial=path, out=str(out))
-                    self._store.adopt(out, result["digest"])
+                    await self._adopt(out, result["digest"])
                     return initialised_event(result, self._clock.wall())
                 case Aggregate():
                     return await self._aggregate(command, plan, len(state.sites), out, on_progress)
@@ -97,7 +97,7 @@ class ComputeWork:
                         validation_accuracy=_newest_validation(state),
                     )  # fmt: skip
                     if result["digest"] is not None:
-                        self._store.adopt(out, result["digest"])
+                        await self._adopt(out, result["digest"])
                     return ev.SynthesisFinished(
                         at=self._clock.wall(),
                         round=command.round,
@@ -157,11 +157,11 @@ class ComputeWork:
                     rejected=result["rejected"],
                     verdicts=result["verdicts"],
                 )
-            self._store.adopt(out, result["digest"])
+            await self._adopt(out, result["digest"])
             if result["state_digest"] is not None:
-                self._store.adopt(state_out, result["state_digest"])
+                await self._adopt(state_out, result["state_digest"])
             if result["released_digest"] is not None:
-                self._store.adopt(released_out, result["released_digest"])
+                await self._adopt(released_out, result["released_digest"])
         finally:
             state_out.unlink(missing_ok=True)
             released_out.unlink(missing_ok=True)
@@ -177,6 +177,10 @@ class ComputeWork:
             merge=result["merge"],
             folded=result["folded"],
         )
+
+    async def _adopt(self, path: Path, digest: str) -> None:
+        """Store what the compute process wrote; the disk is waited for in a thread, for others go on talking."""
+        await asyncio.to_thread(self._store.adopt, path, digest)
 
     def _lost(self, command: Aggregate, how: dict[str, str]) -> ev.Event:
         """The aggregation that failed because stored updates are gone: their sites are asked again."""

@@ -4,7 +4,7 @@ A decision is an event with its reason; it is journalled like any other fact, so
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from fedserver import round_events as ev
@@ -78,6 +78,28 @@ def decide(state: RunState, world: World) -> tuple[ev.Event, ...]:
             return _decide_evaluation(state, world)
         case _:
             return ()
+
+
+# Facts that are about one site.
+_OF_ONE_SITE = ev.TaskStarted | ev.UpdateStored | ev.SiteLetGo | ev.EvaluationReported | ev.EvaluationLetGo
+
+
+def concerned(state: RunState, events: Iterable[ev.Event]) -> frozenset[str] | None:
+    """The sites that facts which led to `state` are about, if nothing follows from them for anything else: other sites
+    are still awaited. None if something may.
+    """
+    sites = set()
+    for event in events:
+        if not isinstance(event, _OF_ONE_SITE) or not event.site:
+            return None
+        sites.add(event.site)
+    current = state.current
+    if current is None or state.status.final:
+        return None
+    awaited = (state.stage is Stage.TRAINING and current.collecting) or (
+        state.stage is Stage.EVALUATING and current.measuring
+    )
+    return frozenset(sites) if awaited else None
 
 
 def _stopped_early(state: RunState) -> bool:
@@ -240,7 +262,7 @@ def _decide_collection(state: RunState, world: World) -> tuple[ev.Event, ...]:
             events.append(
                 ev.SiteLetGo(at=world.wall, round=current.number, site=site, reason=reason, slow=slow)
             )
-    if events or current.outstanding:
+    if events or current.collecting:
         return tuple(events)
     lost = "; ".join(f"{site}: {why}" for site, why in current.let_go.items())
     reason = f"{len(current.reported)} of {len(current.expected)} sites reported" + (
@@ -258,7 +280,7 @@ def _decide_evaluation(state: RunState, world: World) -> tuple[ev.Event, ...]:
         reason = "round deadline passed" if late else _lost(site, state, world)
         if reason:
             events.append(ev.EvaluationLetGo(at=world.wall, round=current.number, site=site, reason=reason))
-    if events or current.unevaluated or current.synthesised is None or awaits_figures(state, current, ""):
+    if events or current.measuring or current.synthesised is None or awaits_figures(state, current, ""):
         return tuple(events)
     if awaits_scores(state, current):
         return ()

@@ -20,16 +20,16 @@ from fedcore.clock import Clock
 from fedcore.durability import syncs_so_far
 from fedcore.errors import ConflictError, FedimpresError, NotFoundError, StorageError
 from fedcore.plan import Plan
-from fedcore.tensor_file import read_manifest
 from fedserver import round_events as ev
+from fedserver.assigning import Assigning
 from fedserver.compute_work import ComputeCommand, ComputeWork
-from fedserver.directives import evaluate_directive, stop_directive, train_directive
 from fedserver.drain import Drain
 from fedserver.journal import Journal, Submission
+from fedserver.looks import Looks
 from fedserver.retention import drop_refused, erase_purged, sweep
-from fedserver.roster import Assignment, Roster, Session
-from fedserver.round_decisions import Withheld, World, decide, waiting_for
-from fedserver.round_machine import Evaluate, Train, apply, work
+from fedserver.roster import Roster
+from fedserver.round_decisions import Withheld, World, concerned, decide, waiting_for
+from fedserver.round_machine import Evaluate, Train, apply, task_of, work
 from fedserver.round_state import RunState, Stage, Status, needed, superseded
 from fedserver.suitability import unable_reason
 
@@ -92,6 +92,8 @@ class RoundDriver:
         self._changed = asyncio.Condition()
         self.sent_bytes = self._sent_before_round = 0
         self._drain: Drain | None = None
+        self._assigning = Assigning(roster, store, clock, self._state_of)
+        self._looks = Looks()
         # When each fact that is not durable yet was posted.
         self._unrecorded: dict[asyncio.Future[RunState], float] = {}
 
@@ -119,6 +121,10 @@ class RoundDriver:
                 f"{run[:80]!r} is the beginning of {len(matches)} runs: {', '.join(sorted(matches)[:5])}"
             )
         return self._views[matches[0]]
+
+    def _state_of(self, run: str) -> RunState | None:
+        view = self._views.get(run)
+        return view.state if view is not None else None
 
     def active(self) -> RunView | None:
         """The run that has left the queue and is not over."""
@@ -231,7 +237,7 @@ class RoundDriver:
     async def _next_batch(self) -> list[_Posted]:
         batch: list[_Posted] = []
         try:
-            async with asyncio.timeout(_TICK_S):
+            async with asyncio.timeout(self._looks.patience_s(_TICK_S)):
                 first = await self._mailbox.get()
         except TimeoutError:
             return batch
@@ -256,7 +262,10 @@ class RoundDriver:
                 continue
             recorded.append((posted.run, posted.event))
             answers.append(posted)
-        self._decide(states, recorded)
+        sites = self._concerned(states, recorded)
+        if sites is None:
+            self._looks.begin()
+            self._decide(states, recorded)
         if recorded:
             try:
                 await self._journal.append(recorded)
@@ -269,7 +278,23 @@ class RoundDriver:
             for posted in answers:
                 if not posted.done.done():
                     posted.done.set_result(states[posted.run])
-        self._reconcile()
+        if sites is None or sites:
+            self._reconcile(sites)
+        if sites is None:
+            self._looks.end()
+
+    def _concerned(
+        self, states: dict[str, RunState], recorded: list[tuple[str, ev.Event]]
+    ) -> frozenset[str] | None:
+        """The sites that must be looked at now; None for all of them, and for what time brings."""
+        if self._looks.due(_TICK_S):
+            return None
+        if not recorded:
+            return frozenset() if self._looks.put_off() else None
+        runs = {run for run, _ in recorded}
+        if len(runs) > 1:
+            return None
+        return concerned(states[runs.pop()], [event for _, event in recorded])
 
     def _decide(self, states: dict[str, RunState], recorded: list[tuple[str, ev.Event]]) -> None:
         """Apply what follows until nothing does: of the active run, and of the next in the queue."""
@@ -330,7 +355,7 @@ class RoundDriver:
             _log_event(run, event)
             if isinstance(event, ev.RoundOpened):
                 self._sent_before_round = self.sent_bytes
-                self._tell_parked(states[run])
+                self._assigning.tell_parked(states[run])
         for run in {run for run, _ in recorded}:
             view = self._views[run]
             before, view.state = view.state, states[run]
@@ -341,11 +366,6 @@ class RoundDriver:
             erase_purged(self._store, [view.state for view in self._views.values()])
         async with self._changed:
             self._changed.notify_all()
-
-    def _tell_parked(self, state: RunState) -> None:
-        """Say to the sites that a round leaves out why it does."""
-        for site in state.parked.keys() & self._roster.sessions.keys():
-            self._roster.sessions[site].send(stop_directive(state.run, state.parked[site].reason))
 
     def _new_view(self, submission: Submission, state: RunState) -> RunView:
         view = RunView(submission, state, self._clock.monotonic(), self._clock.wall())
@@ -368,16 +388,25 @@ class RoundDriver:
 
     # -- making it so ---------------------------------------------------------------------------
 
-    def _reconcile(self) -> None:
+    def _reconcile(self, sites: frozenset[str] | None) -> None:
+        """Make what is under way equal to what the active run asks for; of `sites` alone if some are given."""
         view = self.active()
-        wanted = work(view.state) if view is not None else ()
-        by_site = {command.site: command for command in wanted if isinstance(command, Train | Evaluate)}
+        state = view.state if view is not None else None
+        wanted = work(state) if state is not None and sites is None else ()
         try:
-            for site, session in list(self._roster.sessions.items()):
-                self._assign(session, view, by_site.get(site))
+            if sites is None:
+                by_site = {
+                    command.site: command for command in wanted if isinstance(command, Train | Evaluate)
+                }
+                self._assigning.assign(list(self._roster.sessions), state, by_site)
+            elif state is not None:
+                tasks = {site: task for site in sites if (task := task_of(state, site)) is not None}
+                self._assigning.assign(sites, state, tasks)
         except FedimpresError as error:  # what the sites should fetch is missing or damaged on our disk
             assert view is not None
             self._give_up(view, error)
+            return
+        if sites is not None:
             return
         computing = {command for command in wanted if not isinstance(command, Train | Evaluate)}
         for command, task in self._computing.items():
@@ -385,8 +414,8 @@ class RoundDriver:
                 task.cancel()
         for command in computing - set(self._computing):
             assert view is not None
-            task = asyncio.create_task(self._perform(view, command), name=type(command).__name__)
-            self._computing[command] = task
+            performing = asyncio.create_task(self._perform(view, command), name=type(command).__name__)
+            self._computing[command] = performing
 
     def _give_up(self, view: RunView, error: FedimpresError) -> None:
         """End a run that can't go on, and leave the coordinator to the others."""
@@ -395,47 +424,6 @@ class RoundDriver:
         done: asyncio.Future[RunState] = asyncio.get_running_loop().create_future()
         done.add_done_callback(lambda future: future.exception())
         self._mailbox.put_nowait(_Posted(view.state.run, event, done))
-
-    def _assign(self, session: Session, view: RunView | None, command: Assignment | None) -> None:
-        """Give a session its assignment, or take back one that is no longer wanted."""
-        if command is None and not session.settled:
-            session.send(stop_directive("", "the coordinator waits for no work of this site"))
-        session.settled = True
-        if session.assignment == command and (
-            command is None or (view is not None and session.run == view.state.run)
-        ):
-            return
-        if command is None or view is None:
-            if session.run is not None and self._withdrawn(session):
-                session.send(stop_directive(session.run, "the coordinator no longer waits for this work"))
-            session.assignment = None
-            return
-        state = view.state
-        model_bytes = self._payload_bytes(command.model)
-        if isinstance(command, Train):
-            impressions_bytes = self._payload_bytes(command.impressions) if command.impressions else 0
-            state_bytes = self._payload_bytes(command.strategy_state) if command.strategy_state else 0
-            directive = train_directive(state, command, model_bytes, impressions_bytes, state_bytes)
-        else:
-            directive = evaluate_directive(state, command, model_bytes)
-        if session.send(directive):
-            session.run, session.assignment = state.run, command
-            session.last_progress = self._clock.monotonic()
-
-    def _withdrawn(self, session: Session) -> bool:
-        """Whether the session's work was taken back, rather than done."""
-        view = self._views.get(session.run or "")
-        current = view.state.current if view is not None else None
-        if session.assignment is None:
-            return False
-        if current is None or current.number != session.assignment.round:
-            return view is None or view.state.finished < session.assignment.round
-        if isinstance(session.assignment, Train):
-            return session.site not in current.reported
-        return session.site not in current.evaluations
-
-    def _payload_bytes(self, digest: str) -> int:
-        return read_manifest(self._store.find(digest))[0].payload_bytes
 
     async def _perform(self, view: RunView, command: ComputeCommand) -> None:
         def said(fields: dict[str, Any]) -> None:

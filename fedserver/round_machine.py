@@ -15,7 +15,7 @@ from fedcore.errors import ConflictError
 from fedcore.round_record import RoundRecord
 from fedserver import round_events as ev
 from fedserver.impression_purges import apply_purge
-from fedserver.round_state import Round, RunState, Stage, Status, Update, with_item
+from fedserver.round_state import Round, RunState, Stage, Status, Straggler, Update, with_item
 from fedserver.stragglers import after_round, close_collection, open_again, take_late, used_up
 from fedserver.synthesis.schedule import should_synthesise
 
@@ -115,14 +115,39 @@ def work(state: RunState) -> tuple[Command, ...]:
         return (Initialise(),)
     if state.status not in (Status.RUNNING, Status.WAITING):
         return ()
-    late = tuple(
-        Train(asked.round, asked.attempt, site, asked.model, asked.impressions, asked.strategy_state)
-        for site, asked in sorted(state.stragglers.items())
-    )
+    late = tuple(_train_on(site, asked) for site, asked in sorted(state.stragglers.items()))
     current = state.current
     if current is None:
         return late
     return (*_round_work(state, current), *_synthesis(state, current), *late)
+
+
+def task_of(state: RunState, site: str) -> Train | Evaluate | None:
+    """What `work` asks of one site."""
+    if state.status not in (Status.RUNNING, Status.WAITING):
+        return None
+    if (asked := state.stragglers.get(site)) is not None:
+        return _train_on(site, asked)
+    current = state.current
+    if current is None:
+        return None
+    if state.stage is Stage.TRAINING and state.awaits_update(site, current.number):
+        return _train(state, current, site)
+    if state.stage is Stage.EVALUATING and current.awaits_figures(site):
+        assert current.released is not None
+        return Evaluate(current.number, site, current.released)
+    return None
+
+
+def _train(state: RunState, current: Round, site: str) -> Train:
+    assert state.model is not None
+    shared = state.strategy_state if state.shares_state else None
+    return Train(current.number, current.attempt, site, state.model, state.impressions, shared)
+
+
+def _train_on(site: str, asked: Straggler) -> Train:
+    """A straggler goes on with what it was asked."""
+    return Train(asked.round, asked.attempt, site, asked.model, asked.impressions, asked.strategy_state)
 
 
 def _synthesis(state: RunState, current: Round) -> tuple[Synthesise, ...]:
@@ -142,12 +167,11 @@ def _synthesis(state: RunState, current: Round) -> tuple[Synthesise, ...]:
 
 def _round_work(state: RunState, current: Round) -> tuple[Command, ...]:
     if state.stage is Stage.TRAINING:
-        assert state.model is not None
-        shared = state.strategy_state if state.shares_state else None
+        outstanding = set(current.outstanding)
         return tuple(
-            Train(current.number, current.attempt, site, state.model, state.impressions, shared)
+            _train(state, current, site)
             for site in current.registered
-            if state.awaits_update(site, current.number)
+            if site in outstanding or state.awaits_update(site, current.number)
         )
     if state.stage is Stage.AGGREGATING:
         assert state.model is not None
@@ -251,7 +275,7 @@ def _apply_to_round(state: RunState, event: ev.Event) -> RunState:
         raise ConflictError(f"run {state.run}: {event.kind} is for a round that is not under way")
     match event:
         case ev.TaskStarted():
-            new = state.stage is Stage.TRAINING and event.site in current.outstanding
+            new = state.stage is Stage.TRAINING and current.awaits_update(event.site)
             _expect(state, new and event.site not in current.started, event)
             return replace(state, current=replace(current, started=current.started | {event.site}))
         case ev.UpdateStored():
@@ -266,7 +290,7 @@ def _apply_to_round(state: RunState, event: ev.Event) -> RunState:
             )
             return replace(state, current=changed)
         case ev.SiteLetGo():
-            _expect(state, state.stage is Stage.TRAINING and event.site in current.outstanding, event)
+            _expect(state, state.stage is Stage.TRAINING and current.awaits_update(event.site), event)
             changed = replace(
                 current,
                 let_go=with_item(current.let_go, event.site, event.reason),
@@ -274,7 +298,7 @@ def _apply_to_round(state: RunState, event: ev.Event) -> RunState:
             )
             return replace(state, current=changed)
         case ev.CollectionClosed():
-            _expect(state, state.stage is Stage.TRAINING and not current.outstanding, event)
+            _expect(state, state.stage is Stage.TRAINING and not current.collecting, event)
             closed = replace(current, closed_at=event.at)
             if len(closed.reported) < state.plan.min_sites:
                 return _to_opening(replace(state, current=closed), f"round {current.number}: {event.reason}")
@@ -330,7 +354,7 @@ def awaits_figures(state: RunState, current: Round, site: str) -> bool:
             **current.evaluations,
             **current.not_evaluated,
         }
-    return site in current.unevaluated
+    return current.awaits_figures(site)
 
 
 def awaits_scores(state: RunState, current: Round) -> bool:

@@ -135,6 +135,24 @@ class Round:
         return tuple(s for s in self.registered if s not in self.reported and s not in self.let_go)
 
     @property
+    def collecting(self) -> bool:
+        """Whether some update is still expected."""
+        return any(s not in self.reported and s not in self.let_go for s in self.registered)
+
+    @property
+    def measuring(self) -> bool:
+        """Whether some site's figures are still expected."""
+        return any(s not in self.evaluations and s not in self.not_evaluated for s in self.accepted)
+
+    def awaits_update(self, site: str) -> bool:
+        """Whether the site is among `outstanding`."""
+        return site not in self.reported and site not in self.let_go and site in self.registered
+
+    def awaits_figures(self, site: str) -> bool:
+        """Whether the site is among `unevaluated`."""
+        return site not in self.evaluations and site not in self.not_evaluated and site in self.accepted
+
+    @property
     def unevaluated(self) -> tuple[str, ...]:
         """Sites whose figures are still expected: all that the model was made of."""
         return tuple(s for s in self.accepted if s not in self.evaluations and s not in self.not_evaluated)
@@ -227,7 +245,7 @@ class RunState:
             return True
         if self.stage is not Stage.TRAINING or current is None or current.number != round_number:
             return False
-        return site in current.outstanding or (self.folds and site in current.slow)
+        return current.awaits_update(site) or (self.folds and site in current.slow)
 
     def open_rounds(self, site: str) -> set[int]:
         """Rounds of which the site's update may still come, or come again."""

@@ -88,14 +88,14 @@ def _site_stage(current: Round | None, stage: Stage, site: str, session: Session
         return "absent", "not connected"
     if current is None or stage is Stage.OPENING:
         return "waiting", session.capabilities.unavailable_reason
-    if stage is Stage.TRAINING and site in current.outstanding:
+    if stage is Stage.TRAINING and current.awaits_update(site):
         return session.progress.stage or "waiting", ""
     if stage is Stage.EVALUATING:
         if site in current.evaluations:
             return "evaluated", ""
         if site in current.not_evaluated:
             return "failed", current.not_evaluated[site]
-        return (session.progress.stage if site in current.unevaluated else "waiting"), ""
+        return (session.progress.stage if current.awaits_figures(site) else "waiting"), ""
     return ("reported" if site in current.reported else "waiting"), ""
 
 
