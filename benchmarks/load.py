@@ -180,6 +180,7 @@ def measure(root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "connect_s": round(connect_s, 1),
         "compute_rss_mb": round(compute_mb, 1),
         "delivered": sum(answer["delivered"] for answer in told),
+        "asked_again": sum(answer["asked_again"] for answer in told),
         "lost_first": lost[:5],
         "params": arguments.params,
         "processes": len(workers),

@@ -15,11 +15,11 @@ import hashlib
 import json
 import struct
 import sys
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -41,8 +41,14 @@ from fedcore.v1 import federation_pb2
 # isort: split
 import grpc
 
+T = TypeVar("T")
 # Handshakes that one process has under way at once.
-_AT_ONCE = 32
+_AT_ONCE = 8
+_PASSING = (
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+)
 _IMAGES, _RIGHT = 100, 90
 CAPABILITIES = federation_pb2.Capabilities(
     software_version="light agent", models=["noop", "cnn"], objectives=["cross_entropy", "impressions"],
@@ -58,30 +64,65 @@ class Tally:
     delivered: int = 0
     evaluated: int = 0
     pongs: int = 0
+    # Calls that were refused or too slow, and made again.
+    asked_again: int = 0
+
+
+class Models:
+    """The models that the agents of this process have fetched, each kept once: what counts is that each fetched it."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[TensorManifest, bytes]] = {}
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._kept
+
+    def keep(self, digest: str, manifest: TensorManifest, payload: bytes) -> None:
+        """Keep this one, and the one before for who is late."""
+        self._kept[digest] = manifest, payload
+        while len(self._kept) > 2:
+            del self._kept[next(iter(self._kept))]
+
+    def get(self, digest: str) -> tuple[TensorManifest, bytes]:
+        """A model that is kept."""
+        return self._kept[digest]
 
 
 class LightAgent:
-    """One site's agent. Keeps one model at a time, in memory."""
+    """One site's agent."""
 
-    def __init__(self, credential: Credential, tally: Tally) -> None:
+    def __init__(self, credential: Credential, tally: Tally, models: Models) -> None:
         self._site = credential.subject.id
         self._credential = credential
         self._tally = tally
         self._sending = asyncio.Lock()
-        self._model = ("", TensorManifest(()), b"")
+        self._models = models
+        self._fetched = ""
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending = False
 
     async def connect(self) -> None:
         """Hello, and the directive stream; what comes down is answered from then on."""
         self._channel = open_channel(self._credential)
+        await self._channel.channel_ready()
         self._stub = federation_stub(self._channel)
         hello = federation_pb2.HelloRequest(protocol=PROTOCOL, capabilities=CAPABILITIES)
-        reply = await self._stub.Hello(hello, wait_for_ready=True, timeout=60)
+        reply = await self._insist(lambda: self._stub.Hello(hello))
         self._call = self._stub.Directives(metadata=((SESSION_KEY, reply.session),))
         await self._send(federation_pb2.AgentMessage(heartbeat=federation_pb2.Heartbeat()))
         self._begin(self._listen())
         self._begin(self._beat(reply.heartbeat_interval_s))
+
+    async def _insist(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Ask again, as agents do, while the coordinator is busy with the others."""
+        while True:
+            try:
+                return await call()
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in _PASSING:
+                    raise
+                self._tally.asked_again += 1
+                await asyncio.sleep(1.0)
 
     async def end(self) -> None:
         """Close the connection."""
@@ -141,50 +182,59 @@ class LightAgent:
     async def _train(self, task: federation_pb2.TrainTask) -> None:
         started = federation_pb2.TaskStarted(run=task.run, round=task.round)
         await self._send(federation_pb2.AgentMessage(started=started))
-        manifest, payload = await self._fetch(task.model.digest)
-        digest, update = made_update(manifest, payload, task.round, self._site)
+        if self._fetched != task.model.digest:
+            await self._fetch(task.model.digest)
+        manifest, payload = self._models.get(task.model.digest)
+        digest, first = made_update(manifest, payload, task.round, self._site)
         key = federation_pb2.DeliveryKey(run=task.run, round=task.round, site=self._site, digest=digest)
-        await self._stub.DeliveryOffset(federation_pb2.DeliveryOffsetRequest(key=key))
+        await self._insist(lambda: self._stub.DeliveryOffset(federation_pb2.DeliveryOffsetRequest(key=key)))
         header = federation_pb2.DeliveryHeader(
             key=key, manifest=manifest_to_proto(manifest, digest),
             report=federation_pb2.UpdateReport(num_examples=_IMAGES, num_steps=1, seconds=0.0),
         )  # fmt: skip
-        reply = await self._stub.Deliver(_parts(header, update))
+        reply = await self._stub.Deliver(_parts(header, first, payload))
         if reply.outcome != federation_pb2.DeliverReply.OUTCOME_STORED:
             outcome = federation_pb2.DeliverReply.Outcome.Name(reply.outcome)
             raise RuntimeError(f"round {task.round}: delivery answered {outcome}")
         self._tally.delivered += 1
 
-    async def _fetch(self, digest: str) -> tuple[TensorManifest, bytes]:
-        known, manifest, payload = self._model
-        if known == digest:
-            return manifest, payload
+    async def _fetch(self, digest: str) -> None:
         chunks: list[bytes] = []
+        hashed = hashlib.sha256()
+        keeps = digest not in self._models
         async for part in self._stub.Fetch(federation_pb2.FetchRequest(digest=digest)):
             if part.WhichOneof("part") == "manifest":
                 manifest = manifest_from_proto(part.manifest)
-            else:
+                hashed.update(manifest.header())
+                continue
+            hashed.update(part.chunk.data)
+            if keeps:
                 chunks.append(part.chunk.data)
-        payload = b"".join(chunks)
-        if hashlib.sha256(manifest.header() + payload).hexdigest() != digest:
+        if hashed.hexdigest() != digest:
             raise RuntimeError(f"what came is not the artifact {digest}")
-        self._model = digest, manifest, payload
-        return manifest, payload
+        if keeps:
+            self._models.keep(digest, manifest, b"".join(chunks))
+        self._fetched = digest
 
 
 def made_update(manifest: TensorManifest, payload: bytes, round_number: int, site: str) -> tuple[str, bytes]:
-    """The model with another first float32 number, and its digest: as `fedagent.noop` does."""
+    """The model with another first float32 number, as `fedagent.noop` makes it: its digest, and its first chunk. The rest
+    is the model's.
+    """
     at = next(manifest.offsets()[spec.name][0] for spec in manifest.tensors if spec.dtype == "F32")
-    update = bytearray(payload)
-    (value,) = struct.unpack_from("<f", update, at)
+    first = bytearray(payload[:CHUNK_BYTES])
+    (value,) = struct.unpack_from("<f", first, at)
     step = 0.5 + derive_seed(0, "noop", round_number, site) / 2**64
-    struct.pack_into("<f", update, at, value + step if abs(value) < 1000 else step)
-    return hashlib.sha256(manifest.header() + update).hexdigest(), bytes(update)
+    struct.pack_into("<f", first, at, value + step if abs(value) < 1000 else step)
+    digest = hashlib.sha256(manifest.header() + first)
+    digest.update(memoryview(payload)[CHUNK_BYTES:])
+    return digest.hexdigest(), bytes(first)
 
 
-async def _parts(header: federation_pb2.DeliveryHeader, payload: bytes) -> AsyncIterator[Any]:
+async def _parts(header: federation_pb2.DeliveryHeader, first: bytes, payload: bytes) -> AsyncIterator[Any]:
     yield federation_pb2.DeliverPart(header=header)
-    for start in range(0, len(payload), CHUNK_BYTES):
+    yield RawChunk(0, first)
+    for start in range(CHUNK_BYTES, len(payload), CHUNK_BYTES):
         yield RawChunk(start, payload[start : start + CHUNK_BYTES])
 
 
@@ -196,7 +246,8 @@ class EchoClient:
 
     async def connect(self) -> None:
         """Open the stream; what comes down is sent back from then on."""
-        self._call = self._channel.stream_stream(METHOD)(wait_for_ready=True)
+        await self._channel.channel_ready()
+        self._call = self._channel.stream_stream(METHOD)()
         await self._call.write(b"here")
         self._task = asyncio.create_task(self._echo())
 
@@ -237,8 +288,8 @@ def read_members(path: Path, first: int, count: int) -> list[Credential]:
 
 async def serve(credentials: list[Credential], echo_address: str) -> None:
     """Do what each line of stdin says, until it ends."""
-    tally = Tally()
-    agents = [LightAgent(credential, tally) for credential in credentials]
+    tally, models = Tally(), Models()
+    agents = [LightAgent(credential, tally, models) for credential in credentials]
     echoes = [EchoClient(credential, echo_address) for credential in credentials]
     connected: list[LightAgent | EchoClient] = []
     turns = asyncio.Semaphore(_AT_ONCE)
@@ -256,7 +307,12 @@ async def serve(credentials: list[Credential], echo_address: str) -> None:
             answer["connected"] = len(connected)
         else:
             await asyncio.gather(*(one.end() for one in connected))
-            answer |= {"lost": tally.lost, "delivered": tally.delivered, "pongs": tally.pongs}
+            answer |= {
+                "lost": tally.lost,
+                "delivered": tally.delivered,
+                "pongs": tally.pongs,
+                "asked_again": tally.asked_again,
+            }
         print(json.dumps(answer), flush=True)
 
 

@@ -60,12 +60,18 @@ class Deliveries:
         self._pool = pool
         self._turns = turns
         self._max_site_bytes = max_site_bytes
-        # How large each update that is arriving says it is.
-        self._incoming: dict[Path, int] = {}
+        # How large each update that is arriving says it is, by site.
+        self._incoming: dict[str, dict[Path, int]] = {}
+        # Files in the spool, those that nobody sends just now included, by run, round and site.
+        self._spooled: dict[str, set[Path]] = {}
+        # Before which round the spool was swept.
+        self._swept = ("", 0)
         # Of each delivery under way, what its newest stream's successor sets.
         self._streams: dict[Path, asyncio.Event] = {}
         self._locks: dict[Path, asyncio.Lock] = {}
         spool.mkdir(parents=True, exist_ok=True)
+        for path in spool.glob("*.part"):
+            self._spooled.setdefault(_delivery_of(path), set()).add(path)
         self._sweep()
 
     def offset(self, site: str, key: federation_pb2.DeliveryKey) -> federation_pb2.DeliveryOffsetReply:
@@ -102,21 +108,25 @@ class Deliveries:
         report = _checked_report(header.report, who)
         if header.manifest.digest != key.digest:
             raise TransferError(f"{who}: the manifest's digest differs from the delivery's")
-        self._sweep()
+        if (key.run, key.round) != self._swept:  # the first update of a round finds what others left
+            self._sweep()
+            self._swept = (key.run, key.round)
         path = self._path(site, key)
         self._check_room(site, path, manifest.payload_bytes)
         self._drop_other_spools(path)
         if (older := self._streams.get(path)) is not None:
             older.set()
         stream = self._streams[path] = asyncio.Event()
-        self._incoming[path] = manifest.payload_bytes
+        self._incoming.setdefault(site, {})[path] = manifest.payload_bytes
+        self._spooled.setdefault(_delivery_of(path), set()).add(path)
         try:
             async with self._locks.setdefault(path, asyncio.Lock()):
                 await self._spool_parts(path, stream, manifest, header, who, parts, site)
                 await in_pool(self._pool, self._store.adopt, path, key.digest)
         finally:
             if self._streams.get(path) is stream:
-                del self._streams[path], self._incoming[path]
+                del self._streams[path]
+                self._arrived(site, path)
                 self._locks.pop(path, None)
         event = ev.UpdateStored(
             at=self._driver.wall(), round=key.round, site=site, digest=key.digest,
@@ -178,9 +188,7 @@ class Deliveries:
 
     def _check_room(self, site: str, path: Path, payload_bytes: int) -> None:
         """Raise OverloadedError if a site would have more on its way in than one site may."""
-        others = sum(
-            size for other, size in self._incoming.items() if other != path and _site_of(other) == site
-        )
+        others = sum(size for other, size in self._incoming.get(site, {}).items() if other != path)
         if others + payload_bytes > self._max_site_bytes:
             raise OverloadedError(
                 f"{site}: {payload_bytes} bytes more, with {others} on their way in already, are above the limit of "
@@ -188,15 +196,24 @@ class Deliveries:
                 hint="it tries again by itself; the limit is spool_mib of [limits] in fedserver.toml",
             )
 
+    def _arrived(self, site: str, path: Path) -> None:
+        """Note that nothing more of an update is on its way; what a cut left of it stays known."""
+        arriving = self._incoming[site]
+        del arriving[path]
+        if not arriving:
+            del self._incoming[site]
+        if not path.exists():
+            self._forget(path)
+
     def _drop_other_spools(self, path: Path) -> None:
         """One half-arrived update a site and round: a new digest takes the place of what was left of another."""
-        for other in self._spool.glob(f"{path.name.rpartition('~')[0]}~*.part"):
-            if other != path and other not in self._streams:
-                other.unlink(missing_ok=True)
+        for other in self._spooled.get(_delivery_of(path), set()) - {path}:
+            if other not in self._streams:
+                self._drop(other)
 
     def _sweep(self) -> None:
         """Delete what interrupted deliveries of rounds that are over left in the spool."""
-        for path in self._spool.glob("*.part"):
+        for path in [path for paths in self._spooled.values() for path in paths]:
             run, round_number, site = path.name.split("~")[:3]
             try:
                 state = self._state(run)
@@ -205,7 +222,18 @@ class Deliveries:
             else:
                 wanted = round_number in map(str, state.open_rounds(site))
             if path not in self._streams and not wanted:
-                path.unlink(missing_ok=True)
+                self._drop(path)
+
+    def _drop(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        self._forget(path)
+
+    def _forget(self, path: Path) -> None:
+        name = _delivery_of(path)
+        paths = self._spooled[name]
+        paths.discard(path)
+        if not paths:
+            del self._spooled[name]
 
     def _state(self, run: str) -> RunState:
         """State of a run, named in full. Raises NotFoundError."""
@@ -225,9 +253,9 @@ class Deliveries:
         )
 
 
-def _site_of(path: Path) -> str:
-    """The site that a spooled file is of (see `Deliveries._path`)."""
-    return path.name.split("~")[2]
+def _delivery_of(path: Path) -> str:
+    """Run, round and site of a spooled file (see `Deliveries._path`)."""
+    return path.name.rpartition("~")[0]
 
 
 async def _ended(write_back: asyncio.Task[None] | None) -> None:
