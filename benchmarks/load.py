@@ -65,6 +65,8 @@ name = "noop"
 classes = 2
 input = [1, 8, 8]
 options = {{ params = {params} }}
+[limits]
+stall_timeout_s = 600
 """
 # Impressions as many and as slow as the pings need; the run is aborted then.
 SYNTHESIS = """
@@ -81,6 +83,8 @@ options = {{ width = 4 }}
 [synthesis]
 warmup_rounds = 0
 images = 256
+[limits]
+stall_timeout_s = 600
 """
 
 

@@ -50,6 +50,7 @@ from fedserver.compute_work import ComputeWork
 from fedserver.config import ServerConfig, ServerHome
 from fedserver.debug_bundle import DebugBundle, Examined
 from fedserver.deliveries import Deliveries
+from fedserver.descriptors import allow_descriptors
 from fedserver.dry_run import DryRun
 from fedserver.enrollment_requests import EnrollmentRequests
 from fedserver.grants import Grants
@@ -136,6 +137,7 @@ def run(home: Path, lifeline: int | None) -> int:
     log_tail = LogTail()
     configure_logs(config.log_level, keep=log_tail)
     use_one_malloc_arena()
+    allow_descriptors(config.admission.max_agents)
     with HomeLock(places.lock):
         database = open_database(places.database, MIGRATIONS)
         try:

@@ -158,7 +158,7 @@ class Deliveries:
         write_back: asyncio.Task[None] | None = None
         try:
             while True:
-                async with self._turns.turn():
+                async with self._turns.turn(manifest.payload_bytes - sink.offset):
                     part = await _next_unless(superseded, parts)
                     if part is None:
                         break

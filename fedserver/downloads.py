@@ -24,7 +24,7 @@ async def stream_artifact(
     loop = asyncio.get_running_loop()
     chunks = read_payload(path, start, offset)
     while offset < manifest.payload_bytes:
-        async with turns.turn():
+        async with turns.turn(manifest.payload_bytes - offset):
             data = await loop.run_in_executor(pool, next, chunks)
             yield RawChunk(offset, data)
         offset += len(data)

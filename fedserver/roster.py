@@ -95,7 +95,8 @@ class Roster:
         """Register a hello; returns the session id that Directives must name. Raises OverloadedError."""
         if site not in self._sessions and len(self._sessions) >= self._max_agents:
             raise OverloadedError(
-                f"{len(self._sessions)} agents are connected, the limit of this coordinator"
+                f"{len(self._sessions)} agents are connected, the limit of this coordinator",
+                hint="agents try again by themselves; the limit is max_agents of [admission] in fedserver.toml",
             )
         self._greetings = {s: g for s, g in self._greetings.items() if g.site != site}
         session = secrets.token_hex(8)

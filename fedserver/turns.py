@@ -8,6 +8,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 _PATIENCE_S = 1.0
+# What is smaller waits for nobody: a thousand of them are as much memory as a few chunks, and a turn that waits for its peer
+# keeps others waiting for as long as the line is.
+SMALL_BYTES = 64 << 10
 
 
 class Turns:
@@ -18,8 +21,11 @@ class Turns:
         self._patience_s = patience_s
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Hold a turn for the body, or for `patience_s` if the body takes longer."""
+    async def turn(self, size: int) -> AsyncIterator[None]:
+        """Hold a turn for the body, which moves at most `size` bytes, or for `patience_s` if the body takes longer."""
+        if size <= SMALL_BYTES:
+            yield
+            return
         await self._free.acquire()
         held = True
 

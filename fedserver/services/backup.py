@@ -16,6 +16,7 @@ from fedcore.artifact_store import ArtifactStore
 from fedcore.backup.keys import Recipient, ScryptTerms, public_key
 from fedcore.errors import ConfigError, ConflictError
 from fedcore.plan import describe_problems
+from fedcore.tensor_stream import CHUNK_BYTES
 from fedcore.v1 import backup_pb2, backup_pb2_grpc
 from fedserver.backup import Snapshot, snapshot
 from fedserver.call_audit import note
@@ -65,7 +66,7 @@ class BackupService(backup_pb2_grpc.BackupServicer):
     async def _stream(self, taken: Snapshot, pieces: Iterator[bytes]) -> AsyncIterator[backup_pb2.BackupPart]:
         digest, size = hashlib.sha256(), 0
         while True:
-            async with self._turns.turn():
+            async with self._turns.turn(CHUNK_BYTES):
                 piece = await in_pool(self._pool, next, pieces, None)
                 if piece is None:
                     break

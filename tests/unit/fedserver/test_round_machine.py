@@ -14,7 +14,7 @@ from fedcore.update_verdict import FoldedUpdate, MergeFigures, UpdateVerdict
 from fedserver import round_events as ev
 from fedserver.impression_purges import banks, in_use, purged_only
 from fedserver.journal import replay
-from fedserver.round_decisions import Presence, Withheld, World, decide, waiting_for
+from fedserver.round_decisions import Presence, Withheld, World, concerned, decide, waiting_for
 from fedserver.round_machine import (
     Aggregate,
     Evaluate,
@@ -23,6 +23,7 @@ from fedserver.round_machine import (
     Synthesise,
     Train,
     apply,
+    task_of,
     work,
 )
 from fedserver.round_state import RunState, Stage, Status, needed, superseded
@@ -792,9 +793,20 @@ class RunMachine(RuleBasedStateMachine):
             return False
         if after.stage is not before.stage:
             self.stage_since = self.now
+        self.check_concerned(before, event, after)
         self.state = after
         self.events.append(event)
         return True
+
+    def check_concerned(self, before: RunState, event: ev.Event, after: RunState) -> None:
+        """Who is not concerned by a fact is asked what it was asked before, and nothing follows but with time."""
+        sites = concerned(after, [event])
+        if sites is None:
+            return
+        others = [{c for c in work(s) if getattr(c, "site", "") not in sites} for s in (before, after)]
+        assert others[0] == others[1]
+        everybody = here(since=self.now, progress=self.now)
+        assert decide(after, World(self.now, self.now, self.now, everybody)) == ()
 
     def settle(self) -> None:
         for _ in range(50):
@@ -992,6 +1004,11 @@ class RunMachine(RuleBasedStateMachine):
     def work_is_never_asked_of_a_run_that_is_over_or_paused(self) -> None:
         if self.state.status.final or self.state.status in (Status.QUEUED, Status.PAUSED):
             assert work(self.state) == ()
+
+    @invariant()
+    def a_site_alone_is_asked_what_work_asks_of_it(self) -> None:
+        by_site = {c.site: c for c in work(self.state) if isinstance(c, Train | Evaluate)}
+        assert {s: task for s in SITES if (task := task_of(self.state, s)) is not None} == by_site
 
     @invariant()
     def done_means_that_nobody_was_missed(self) -> None:
