@@ -45,9 +45,14 @@ T = TypeVar("T")
 # Handshakes that one process has under way at once.
 _AT_ONCE = 8
 _PASSING = (
+    grpc.StatusCode.CANCELLED,  # by a server that had no time for the call
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
+)
+_STORED = (
+    federation_pb2.DeliverReply.OUTCOME_STORED,
+    federation_pb2.DeliverReply.OUTCOME_ALREADY_STORED,
 )
 _IMAGES, _RIGHT = 100, 90
 CAPABILITIES = federation_pb2.Capabilities(
@@ -183,7 +188,7 @@ class LightAgent:
         started = federation_pb2.TaskStarted(run=task.run, round=task.round)
         await self._send(federation_pb2.AgentMessage(started=started))
         if self._fetched != task.model.digest:
-            await self._fetch(task.model.digest)
+            await self._insist(lambda: self._fetch(task.model.digest))
         manifest, payload = self._models.get(task.model.digest)
         digest, first = made_update(manifest, payload, task.round, self._site)
         key = federation_pb2.DeliveryKey(run=task.run, round=task.round, site=self._site, digest=digest)
@@ -192,8 +197,8 @@ class LightAgent:
             key=key, manifest=manifest_to_proto(manifest, digest),
             report=federation_pb2.UpdateReport(num_examples=_IMAGES, num_steps=1, seconds=0.0),
         )  # fmt: skip
-        reply = await self._stub.Deliver(_parts(header, first, payload))
-        if reply.outcome != federation_pb2.DeliverReply.OUTCOME_STORED:
+        reply = await self._insist(lambda: self._stub.Deliver(_parts(header, first, payload)))
+        if reply.outcome not in _STORED:
             outcome = federation_pb2.DeliverReply.Outcome.Name(reply.outcome)
             raise RuntimeError(f"round {task.round}: delivery answered {outcome}")
         self._tally.delivered += 1

@@ -45,6 +45,11 @@ SERVER_OPTIONS: Options = [
     # 2 MiB carries 40 MB/s a site over a round trip of 50 ms.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 2 * 1024 * 1024),
+    # A thousand agents that come at once wait their turn; gRPC would cancel who waited for 30 s, and turn away beyond 1,000
+    # calls. Every call has its own deadline.
+    ("grpc.server_max_unrequested_time_in_server", 600),
+    ("grpc.server.max_pending_requests", 5000),
+    ("grpc.server.max_pending_requests_hard_limit", 10_000),
     # Else the server answers keepalive pings with GOAWAY too_many_pings.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),
 ]

@@ -400,7 +400,7 @@ class RoundDriver:
                 }
                 self._assigning.assign(list(self._roster.sessions), state, by_site)
             elif state is not None:
-                tasks = {site: task for site in sites if (task := task_of(state, site)) is not None}
+                tasks = {site: asked for site in sites if (asked := task_of(state, site)) is not None}
                 self._assigning.assign(sites, state, tasks)
         except FedimpresError as error:  # what the sites should fetch is missing or damaged on our disk
             assert view is not None
