@@ -180,15 +180,6 @@ class ChaosFederation(Federation):
         with self.admin() as admin:
             admin.call(lambda stub: getattr(stub, method), request)
 
-    def set_standing(self, method: str, site: str) -> None:
-        """EnableSite or DrainSite."""
-        from fedcore.v1 import sites_pb2
-
-        with self.admin() as admin:
-            admin.call(
-                lambda _: getattr(admin.sites, method), sites_pb2.ChangeSiteRequest(site=site, reason="chaos")
-            )
-
     def wait_away(self, site: str) -> None:
         """Until the coordinator has noticed that a site's connection is gone."""
         from fedcore.v1 import admin_pb2

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections import Counter
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +24,7 @@ class References:
     known: dict[tuple[str, Participants], str] = field(default_factory=dict)
 
     def digest(self, document: dict[str, Any], participants: Participants) -> str:
-        """Runs it the first time: sites that are to be missing from a round are drained before it opens."""
+        """Runs it the first time: sites that are to be missing from a round are not connected when it opens."""
         key = (document["name"], participants)
         if key not in self.known:
             self.known[key] = self._run(document, participants)
@@ -33,23 +32,32 @@ class References:
 
     def _run(self, document: dict[str, Any], participants: Participants) -> str:
         federation = self.federation
-        with ExitStack() as standing:
-            withheld: set[str] = set()
+        withheld: set[str] = set()
 
-            def withhold(number: int) -> None:
-                wanted = set(SITES) - set(participants[number - 1])
-                for site in wanted ^ withheld:
-                    federation.set_standing("DrainSite" if site in wanted else "EnableSite", site)
-                withheld.clear()
-                withheld.update(wanted)
+        def withhold(number: int) -> None:
+            wanted = set(SITES) - set(participants[number - 1])
+            for site in wanted - withheld:
+                federation.relays[site].refuse()
+                federation.wait_away(site)
+            for site in withheld - wanted:
+                federation.relays[site].heal()
+                federation.wait_connected(site)
+            withheld.clear()
+            withheld.update(wanted)
 
-            standing.callback(lambda: [federation.set_standing("EnableSite", site) for site in withheld])
+        everybody = all(set(sites) == set(SITES) for sites in participants)
+        document = {**document, "limits": {"join_wait_s": 60 if everybody else 1}}
+        try:
             withhold(1)
             if len(set(participants)) == 1:
                 run = federation.submit(document)
             else:
                 run = self._in_steps(document, participants, withhold)
             federation.wait(run)
+        finally:
+            for site in withheld:
+                federation.relays[site].heal()
+                federation.wait_connected(site)
         assert accepted(federation, run) == participants, (accepted(federation, run), participants)
         return final_model(federation, run)
 

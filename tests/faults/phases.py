@@ -19,19 +19,30 @@ def held_in(
     phase: Phase,
     round_number: int,
     after_chunk: int = 1,
+    open_collection: bool = False,
 ) -> Iterator[str]:
-    """Submit the plan; yield the run's id once it can't leave the phase; let it go on when this is left."""
+    """Submit the plan; yield the run's id once it can't leave the phase; let it go on when this is left.
+
+    With `open_collection` the victim's update alone does not complete the round: another site is held too.
+    """
     with ExitStack() as still, ExitStack() as first:
         if round_number == 1:
+            if open_collection and phase in ("training", "fetching", "uploading"):
+                still.enter_context(federation.hold_compute(FIRST))
             run = _first(federation, document, phase, after_chunk, still, first)
         else:
             run = _between(federation, document)
             if phase == "waiting":
                 _send_away(federation, still)
+            if open_collection and phase in (
+                "training",
+                "uploading",
+            ):  # what is fetched here is the merged model
+                still.enter_context(federation.hold_compute(FIRST))
             _arm(federation, phase, after_chunk, still, first)
             if phase != "between rounds":
                 federation.control("ResumeRun", run)
-        _arrive(federation, run, phase, round_number, still, first)
+        _arrive(federation, run, phase, round_number, after_chunk, still, first)
         yield run
     if phase == "between rounds":
         federation.control("ResumeRun", run)
@@ -99,6 +110,7 @@ def _arrive(
     run: str,
     phase: Phase,
     round_number: int,
+    after_chunk: int,
     still: ExitStack,
     first: ExitStack,
 ) -> None:
@@ -112,7 +124,8 @@ def _arrive(
             partial = federation.site_home(VICTIM) / "artifacts" / "partial"
             wait_until(lambda: any(p.stat().st_size > CHUNK_BYTES for p in partial.iterdir()), "a fetch")
         case "uploading":
-            wait_until(lambda: federation.part(VICTIM), "an upload")
+            arrived = after_chunk * CHUNK_BYTES
+            wait_until(lambda: (p := federation.part(VICTIM)) and p.stat().st_size >= arrived, "an upload")
         case "aggregating":
             federation.wait_phase(run, "aggregating")
         case "synthesising":

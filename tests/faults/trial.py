@@ -91,9 +91,10 @@ class Trials:
     def _under_faults(self, federation: ChaosFederation, scenario: Scenario) -> str:
         (fault,) = scenario.plan  # one after the other would be a phase of its own
         after = fault.after_chunk if isinstance(fault, fault_plan.Cut) else 2
+        twice = isinstance(fault, fault_plan.Duplicate)
         strike = None
         try:
-            with held_in(federation, scenario.document, fault.phase, fault.round, after) as run:
+            with held_in(federation, scenario.document, fault.phase, fault.round, after, twice) as run:
                 strike = Strike(federation, fault, run)
                 strike.strike()
             strike.mend()
@@ -107,11 +108,11 @@ class Trials:
         self, federation: ChaosFederation, scenario: Scenario, run: str, since: dict[str, int]
     ) -> dict[str, Any]:
         participants = accepted(federation, run)
-        undisturbed = {**scenario.document, "limits": {"join_wait_s": 60}}
         references = References(federation, self._known)
         return {
             "participants": [list(sites) for sites in participants],
-            "digest_equal": final_model(federation, run) == references.digest(undisturbed, participants),
+            "digest_equal": final_model(federation, run)
+            == references.digest(scenario.document, participants),
             "counted_twice": counted_twice(federation, run),
             "lost": [] if scenario.loses else lost(federation, run, since),
             "leaks": leaks(federation, self._usual, self._usual_files),

@@ -1,0 +1,23 @@
+"""A part of `make chaos`: faults while a round comes about, up to the last update. Each fault of the matrix is in it."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.faults.fault_plan import PHASES
+from tests.faults.scenarios import Scenario, selection
+from tests.faults.trial import Trials, good
+
+
+@pytest.fixture(scope="module")
+def trials() -> Iterator[Trials]:
+    standing = Trials({})
+    yield standing
+    standing.close()
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("one", selection(PHASES[:4]), ids=str)
+def test_the_run_ends_as_its_policy_says(trials: Trials, one: Scenario) -> None:
+    record = trials.run(one)
+    assert good(record), record
