@@ -159,6 +159,10 @@ def _blame_the_site(module: Any) -> None:
     module.StorageError = Never
 
 
+def _try_once(module: Any) -> None:
+    module._TRAIN_ATTEMPTS = 1
+
+
 def _read_the_wall_clock(module: Any) -> None:
     module.SystemClock.monotonic = module.SystemClock.wall
 
@@ -190,7 +194,10 @@ MUTANTS: Mapping[str, Mapping[str, Patch]] = {
     "sites are not asked again": {"fedserver.round_driver": _ask_once},
     "a part of an upload counts as the whole": {"fedserver.deliveries": _keep_parts_as_whole},
     "an agent trusts what it has cached": {"fedcore.artifact_store": _trust_the_cache},
-    "a full disk at the coordinator fails the site": {"fedagent.transfer": _blame_the_site},
+    "a full disk at the coordinator fails the site": {
+        "fedagent.transfer": _blame_the_site,
+        "fedagent.tasks": _try_once,
+    },
     "deadlines by the wall clock": {"fedcore.clock": _read_the_wall_clock},
     "the spool is never swept": {"fedserver.deliveries": _leave_the_spool},
 }
