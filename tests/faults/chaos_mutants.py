@@ -65,7 +65,7 @@ CELLS: Mapping[str, tuple[tuple[str, Phase, Wanted], ...]] = {
     "a part of an upload counts as the whole": (("cut", "uploading", _any),),
     "an agent trusts what it has cached": (("flipped bit", "training", _any),),
     "a full disk at the coordinator fails the site": (("disk full", "uploading", _any),),
-    "deadlines by the wall clock": (("clock jump", "training", _forward_at_the_coordinator),),
+    "deadlines by the wall clock": (("clock jump", "uploading", _forward_at_the_coordinator),),
     "the spool is never swept": (("kill agent", "uploading", _gone_for_good),),
 }
 
