@@ -4,9 +4,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OUT    ?= demo-out
+MINUTES ?= 30
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long chaos chaos-mutants test-deploy check format protos bench results results-quick bundle bundle-cuda bundle-cuda-manifest clean
+.PHONY: help install demo test test-long chaos chaos-mutants soak fuzz test-deploy check format protos bench results results-quick bundle bundle-cuda bundle-cuda-manifest clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -35,6 +36,14 @@ chaos: $(STAMP)  ## every fault in every phase of a round, three times; writes c
 
 chaos-mutants: $(STAMP)  ## guards of the product broken one at a time: the chaos suite must see each; writes mutants.json
 	$(BIN)/python -m tests.faults.chaos_mutants --out mutants.json
+
+soak: $(STAMP)  ## half an hour of runs under random faults; soak.json and docs/results/soak.svg: nothing grows
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) --out soak.json --plot docs/results
+
+fuzz: $(STAMP)  ## the decoders under Hypothesis, then under atheris, MINUTES each; findings in fuzz-findings/
+	FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest tests/fuzz --timeout 0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz.guided --minutes $(MINUTES)
 
 check: $(STAMP)  ## ruff, mypy --strict, import-linter, generated stubs up to date
 	$(BIN)/ruff check .

@@ -4,12 +4,12 @@ Told apart from models and updates by the tensors that their headers name, so it
 earlier version left. Works on the folder alone: also beside a running agent.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedcore.artifact_store import artifact_path, erase_file
+from fedcore.parsing import parse_json
 from fedcore.tensor_file import MAX_HEADER_BYTES
 
 _TENSORS = {"images", "labels"}
@@ -71,9 +71,9 @@ def _bank(path: Path, whole: bool) -> HeldBank | None:
             size = int.from_bytes(file.read(8), "little")
             if not 2 <= size <= MAX_HEADER_BYTES:
                 return None
-            entries = json.loads(file.read(size))
+            entries = parse_json(file.read(size))
         if not isinstance(entries, dict) or not entries.keys() >= _TENSORS:
             return None
         return HeldBank(path.stem, path, int(entries["images"]["shape"][0]), path.stat().st_size, whole)
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, IndexError):
         return None

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from fedcore.errors import (
     code_of,
 )
 from fedcore.impression_check import ImpressionCheck
+from fedcore.parsing import parse_json
 from fedcore.text import wire_text
 from fedcore.v1 import federation_pb2
 
@@ -352,7 +352,7 @@ def _log_check(run: str, round_number: int, found: dict[str, Any] | None) -> Non
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError as error:
         raise ProtocolError(f"the coordinator sent a document that is not JSON: {error}") from error
     if not isinstance(value, dict):

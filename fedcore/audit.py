@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedcore.parsing import parse_json
 from fedcore.text import printable
 
 GENESIS = "0" * 64
@@ -66,7 +67,7 @@ class Entry:
     @property
     def document(self) -> dict[str, Any]:
         """The record as an object, with its digest. Raises ValueError for a body that is not JSON."""
-        return {**json.loads(self.body), "digest": self.digest}
+        return {**parse_json(self.body), "digest": self.digest}
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +213,7 @@ def _check(entry: Entry, head: Head, rest: Iterator[Entry]) -> Finding | None:
 
 def _parse(body: str) -> dict[str, Any] | None:
     try:
-        record = json.loads(body)
+        record = parse_json(body)
     except ValueError:
         return None
     if not isinstance(record, dict) or record.keys() != _FIELDS or type(record["sequence"]) is not int:

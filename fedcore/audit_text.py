@@ -1,6 +1,5 @@
 """Audit records as people and files have them: one line a record, an exported file, which records were asked for."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from fedcore.audit import Entry, Head, Verdict, canonical, parse_head
 from fedcore.errors import AuditError, ConfigError
+from fedcore.parsing import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def detail_text(record: Mapping[str, Any]) -> str:
 def export_line(entry: Entry) -> str:
     """An entry as a line of an exported file, from which `read_export` gives the same entry."""
     try:
-        record = json.loads(entry.body)
+        record = parse_json(entry.body)
         exact = isinstance(record, dict) and canonical(record) == entry.body
     except ValueError:
         exact = False
@@ -68,10 +68,10 @@ def read_export(path: Path) -> Iterator[Entry]:
 
 def _entry(line: str, where: str) -> Entry:
     try:
-        found = json.loads(line)
+        found = parse_json(line)
         body = found["body"] if "body" in found else canonical(found["record"])
         return Entry(int(found["position"]), str(body), str(found["digest"]))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, OverflowError, TypeError, KeyError) as error:
         raise ConfigError(
             f"{where} is not a record of an exported audit log", hint="make it with 'audit export'"
         ) from error

@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedcore.errors import TokenError
+from fedcore.parsing import parse_json
 from fedcore.plan import Name
 
 MAX_CHARACTERS = 16_384
@@ -68,8 +69,8 @@ def decode_token(text: str) -> EnrollmentToken:
         raise TokenError(f"enrolment token of {len(compact)} characters is not one of ours", hint=hint)
     try:
         data = base64.b64decode(compact + "=" * (-len(compact) % 4), altchars=b"-_", validate=True)
-        document = _Document.model_validate(json.loads(data))
-    except (binascii.Error, ValueError, ValidationError, RecursionError):
+        document = _Document.model_validate(parse_json(data))
+    except (binascii.Error, ValueError, ValidationError):
         # The cause may quote the secret: not chained.
         raise TokenError("enrolment token can't be read: it is damaged or cut off", hint=hint) from None
     if document.v != _VERSION:

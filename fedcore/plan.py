@@ -4,13 +4,13 @@ A plan is written in TOML by the operator, validated here, and travels as JSON. 
 error, so that a misspelt option never trains something else in silence.
 """
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from fedcore.errors import PlanError
+from fedcore.parsing import parse_toml
 from fedcore.plan_robustness import (
     AggregationSection,
     GateSection,
@@ -245,8 +245,8 @@ class Plan(_Section):
 def parse_plan(text: str, source: str = "plan") -> Plan:
     """Validate a plan written in TOML. Raises PlanError that names the keys."""
     try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        document = parse_toml(text)
+    except ValueError as error:
         raise PlanError(f"{source}: not valid TOML: {error}") from error
     return validate_plan(document, source)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedcore.errors import StorageError, TensorMismatchError
+from fedcore.parsing import parse_json
 
 DTYPE_BYTES: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
@@ -172,12 +173,14 @@ def read_manifest(path: Path) -> tuple[TensorManifest, int]:
                 raise StorageError(f"{path}: not a safetensors file (header of {size} bytes)")
             text = file.read(size)
             length = os.fstat(file.fileno()).st_size
-        entries = json.loads(text)
+        entries = parse_json(text)
         manifest = TensorManifest.of(
             TensorSpec(str(name), str(entry["dtype"]), tuple(int(n) for n in entry["shape"]))
             for name, entry in entries.items()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, TensorMismatchError) as error:
+    except (
+        OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError, TensorMismatchError,
+    ) as error:  # fmt: skip
         raise StorageError(f"{path}: not a canonical safetensors file: {error}") from error
     if manifest.header() != size.to_bytes(8, "little") + text:
         raise StorageError(f"{path}: safetensors header is not in canonical form")

@@ -4,13 +4,13 @@ import json
 import os
 import re
 import tempfile
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedcore.errors import ConfigError, ConflictError, NotFoundError, UsageError
+from fedcore.parsing import parse_toml
 
 CREDENTIAL_FILES = ("ca.crt", "tls.crt", "tls.key", "credential.toml")
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
@@ -105,7 +105,7 @@ def load_contexts(folder: Path) -> Contexts:
     """Read contexts.toml; none if there is no such file. Raises ConfigError."""
     path = folder / "contexts.toml"
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = parse_toml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return Contexts()
     except (OSError, ValueError) as error:

@@ -4,12 +4,12 @@ The tensors' bytes are copied as they are; nothing here interprets them, so no t
 """
 
 import contextlib
-import json
 import mmap
 from pathlib import Path
 from typing import Any
 
 from fedcore.errors import StorageError, TensorMismatchError
+from fedcore.parsing import parse_json
 from fedcore.tensor_file import MAX_HEADER_BYTES, TensorManifest, TensorSpec, read_manifest, write_tensor_file
 
 
@@ -34,7 +34,7 @@ def _rewrite(path: Path, out: Path) -> None:
             size = int.from_bytes(file.read(8), "little")
             if not 2 <= size <= MAX_HEADER_BYTES:
                 raise StorageError(f"{path}: not a safetensors file (header of {size} bytes)")
-            entries = json.loads(file.read(size))
+            entries = parse_json(file.read(size))
             if not isinstance(entries, dict):
                 raise ValueError(f"its header is {type(entries).__name__}, expected an object")
             entries.pop("__metadata__", None)
@@ -45,7 +45,7 @@ def _rewrite(path: Path, out: Path) -> None:
                 _write(out, found, mapped, 8 + size)
     except TensorMismatchError as error:
         raise TensorMismatchError(f"{path}: {error.message}", hint=error.hint) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, OverflowError, KeyError, TypeError) as error:
         raise StorageError(f"{path}: not a safetensors file: {error}") from error
 
 

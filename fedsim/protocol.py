@@ -10,7 +10,6 @@ place, one table a strategy, in the form of a plan:
 """
 
 import json
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -19,6 +18,7 @@ from typing import Any
 
 from fedcore.data.benchmark_sets import Federation
 from fedcore.errors import ConfigError, PlanError
+from fedcore.parsing import parse_toml
 from fedcore.plan import Plan, validate_plan
 
 Document = dict[str, Any]
@@ -94,8 +94,8 @@ def plan_of(
 def load_settings(path: Path) -> dict[str, Document]:
     """Tuned settings by strategy. Raises ConfigError."""
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        document = parse_toml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: can't be read: {error}") from error
     for strategy, part in document.items():
         if not isinstance(part, dict):
@@ -158,6 +158,6 @@ def _shown(value: Any) -> str:
 
 def _value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return parse_toml(f"value = {text}")["value"]
+    except ValueError:
         return text

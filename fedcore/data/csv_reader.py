@@ -80,7 +80,10 @@ class CsvReader:
         if split not in SPLIT_ALIASES:
             raise DataError(f"{where}: split is '{split}', expected train, val or test")
         root = self.path.parent.resolve()
-        path = Path(name) if Path(name).is_absolute() else (root / name).resolve()
+        try:
+            path = Path(name) if Path(name).is_absolute() else (root / name).resolve()
+        except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, links in a circle
+            raise DataError(f"{where}: {name!r:.200} is no path: {error}") from error
         if not Path(name).is_absolute() and not path.is_relative_to(root):
             raise DataError(
                 f"{where}: '{name}' leads out of {root}", hint="use an absolute path for images elsewhere"

@@ -7,8 +7,8 @@ unpickled.
 Option: `max_value`, the stored value that means full intensity (4095 for 12-bit images, say).
 """
 
+import math
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -36,7 +36,13 @@ from fedcore.errors import DataError
 from fedcore.plan import Plan
 
 FILE_KEYS: Mapping[Split, str] = {"train": "train", "validation": "val", "test": "test"}
-_READ_ERRORS = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
+# Numpy writes no other. Of one byte, deflate makes at most so many.
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_DEFLATE_FACTOR = 1032
+_HEADER_READERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +170,20 @@ def open_npz(path: Path) -> Iterator[NpzFile]:
         try:
             # Opened here because np.load leaves a damaged file open.
             raw = stack.enter_context(path.open("rb"))
-            file = np.load(raw, allow_pickle=False)
+            start = raw.read(len(np.lib.format.MAGIC_PREFIX))
         except FileNotFoundError as error:
             raise DataError(f"{path}: no such file", hint="set [data] path in agent.toml") from error
-        except _READ_ERRORS as error:
+        except OSError as error:
             raise DataError(f"{path}: not a readable npz file: {error}") from error
-        if not isinstance(file, NpzFile):
+        if start == np.lib.format.MAGIC_PREFIX:
             raise DataError(f"{path}: holds one array, expected an npz with train_images and train_labels")
+        try:
+            if not zipfile.is_zipfile(raw):
+                raise ValueError("it is no zip archive")
+            raw.seek(0)
+            file = NpzFile(raw, own_fid=False, allow_pickle=False)
+        except Exception as error:  # zipfile, fed with a damaged file, raises whatever it likes
+            raise DataError(f"{path}: not a readable npz file: {error}") from error
         yield stack.enter_context(file)
 
 
@@ -179,7 +192,25 @@ def read_array(file: NpzFile, key: str, path: Path) -> NDArray[Any]:
     if key not in file:
         raise DataError(f"{path}: has no array '{key}', only: {', '.join(sorted(file)) or 'none'}")
     try:
+        _check_declared(file, key)
         array: NDArray[Any] = file[key]
-    except _READ_ERRORS as error:
+    except Exception as error:  # zipfile and numpy, fed with a damaged file, raise whatever they like
         raise DataError(f"{path}: '{key}' can't be read: {error}") from error
     return array
+
+
+def _check_declared(file: NpzFile, key: str) -> None:
+    """Raise ValueError if an array declares more than is there: numpy allocates what is declared before it reads."""
+    name = key if key in file.zip.namelist() else f"{key}.npy"
+    member = file.zip.getinfo(name)
+    if member.compress_type not in _METHODS:
+        raise ValueError(f"compressed by method {member.compress_type}, expected none or deflate")
+    most = member.compress_size * (_DEFLATE_FACTOR if member.compress_type == zipfile.ZIP_DEFLATED else 1)
+    with file.zip.open(member) as stored:
+        read_header = _HEADER_READERS.get(np.lib.format.read_magic(stored))
+        if read_header is None:
+            raise ValueError("not an array of numbers or text")
+        shape, _, dtype = read_header(stored)
+        declared = stored.tell() + math.prod(shape) * dtype.itemsize
+    if declared > min(member.file_size, most):
+        raise ValueError(f"declares {declared} bytes, holds {min(member.file_size, most)}")

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedcore.data.dataset import Split
 from fedcore.errors import DataError
+from fedcore.parsing import parse_json
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Index = Annotated[int, Field(ge=0, le=2**40)]
@@ -83,7 +84,7 @@ def check_record(record: object, who: str) -> SavedPartition:
 def read_record(path: Path) -> dict[str, Any]:
     """The record of a file, as `partition_text` writes it. Raises DataError if it is not there or damaged."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(
             f"{path}: can't be read: {error.strerror}", hint="partition.json lies in the folder of a run"

@@ -1,7 +1,10 @@
 """Readers of a site's data: npz, folder, CSV, MedMNIST. Real files, real decoders, a real web server."""
 
 import hashlib
+import io
 import threading
+import tracemalloc
+import zipfile
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -142,6 +145,54 @@ def test_npz_is_never_unpickled_and_damage_is_told(tmp_path: Path) -> None:
     np.save(path.with_suffix(".npy"), images(3))
     with pytest.raises(DataError, match="holds one array"):
         open_dataset("npz", path.with_suffix(".npy")).summarise()
+
+
+def stored_npy(path: Path, header: str, how: int = zipfile.ZIP_DEFLATED) -> Path:
+    """An npz whose images have such a header, and 32 bytes of content."""
+    text = header.encode().ljust(117) + b"\n"
+    with zipfile.ZipFile(path, "w", how) as archive:
+        archive.writestr(
+            "train_images.npy", b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(32)
+        )
+        labels = io.BytesIO()
+        np.save(labels, np.arange(2))
+        archive.writestr("train_labels.npy", labels.getvalue())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("shape", "how", "message"),
+    [
+        (
+            "(10000000000, 100)",
+            zipfile.ZIP_DEFLATED,
+            "'train_images' can't be read: declares 1000000000128 bytes",
+        ),
+        ("(2, 17)", zipfile.ZIP_STORED, "declares 162 bytes, holds 160"),
+        ("(2, 4, 4)", zipfile.ZIP_LZMA, "compressed by method 14, expected none or deflate"),
+        ("'", zipfile.ZIP_STORED, "'train_images' can't be read"),
+        ("(", zipfile.ZIP_STORED, "'train_images' can't be read"),
+    ],
+)
+def test_npz_that_declares_what_it_does_not_hold_is_refused_before_it_is_allocated(
+    tmp_path: Path, shape: str, how: int, message: str
+) -> None:
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}"
+    path = stored_npy(tmp_path / "a.npz", header, how)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=message):
+            open_dataset("npz", path).read(plan(2, NAMES[:2]))
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_npz_member_that_is_no_array_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("train_labels.npy", b"not an array")
+    with pytest.raises(DataError, match="'train_labels' can't be read"):
+        open_dataset("npz", tmp_path / "a.npz").summarise()
 
 
 def test_npz_splits_are_cut_alike_for_every_plan_and_counted_in_the_summary(tmp_path: Path) -> None:
@@ -360,6 +411,7 @@ def test_a_table_with_splits_columns_of_its_own_and_an_absolute_path(tmp_path: P
         ("path,label\na.png,cow\n", "unknown class 'cow'"),
         ("path,label\nnone.png,cat\n", "1 of 1 images can't be read.*none.png: FileNotFoundError"),
         ('path,label\n"a.png,cat\n', "not a readable CSV table"),
+        ("path,label\na\0.png,cat\n", r"line 2: 'a\\x00.png' is no path"),
     ],
 )
 def test_tables_that_cannot_be_used_say_which_line(text: str, message: str, tmp_path: Path) -> None:

@@ -144,8 +144,10 @@ ENTRY = {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}
         _file({"w": {"shape": [8], "dtype": "U8", "data_offsets": [0, 8]}}, b"12345678"),
         _file({"w": ENTRY}, b"1234567"),
         _file({"w": ENTRY}, b"123456789"),
+        _file(b"[" * 5000),
+        _file(b'{"w":{"dtype":"U8","shape":[1e999],"data_offsets":[0,8]}}', b"12345678"),
     ],
-    ids=range(14),
+    ids=range(16),
 )
 def test_files_that_are_not_canonical_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "f").write_bytes(data)

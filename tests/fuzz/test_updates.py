@@ -1,0 +1,4 @@
+from tests.fuzz.target import driven
+from tests.fuzz.updates import TARGETS
+
+test_only_documented_errors = driven(TARGETS)
