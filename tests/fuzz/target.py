@@ -4,6 +4,7 @@ The same targets are driven by Hypothesis (`driven`, in `make test` and longer i
 """
 
 import os
+import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-# Minutes for all targets together; without it a fixed number of examples, always the same ones.
+# Minutes for all targets together; without it a fixed number of examples, drawn alike each time.
 MINUTES = float(os.environ.get("FUZZ_MINUTES", "0"))
 EXAMPLES = 120
 _BATCH = 2000
@@ -60,6 +61,14 @@ def bounded(most_bytes: int) -> Iterator[None]:
     finally:
         tracemalloc.stop()
     assert peak <= most_bytes, f"{peak} bytes were allocated, at most {most_bytes} are needed"
+
+
+def written(write: Callable[[Path], object]) -> bytes:
+    """The bytes of the file that this writes."""
+    with tempfile.TemporaryDirectory(prefix="fedimpres-fuzz-") as folder:
+        path = Path(folder) / "file"
+        write(path)
+        return path.read_bytes()
 
 
 @st.composite

@@ -22,7 +22,7 @@ from fedcore.tensor_stream import TensorSink, manifest_from_proto, manifest_to_p
 from fedcore.v1 import federation_pb2, tensor_pb2
 from fedctl.initial_model import canonical_model
 from fedserver.tensor_source import TensorFile
-from tests.fuzz.target import BINARY_WORDS, TEXT_WORDS, Target, bounded, only
+from tests.fuzz.target import BINARY_WORDS, TEXT_WORDS, Target, bounded, only, written
 
 _STATE = {
     "conv.weight": torch.arange(24.0).reshape(2, 3, 2, 2),
@@ -35,12 +35,8 @@ _PER_BYTE, _FIXED = 200, 4 << 20
 
 
 def _canonical() -> list[bytes]:
-    path = Path("/dev/shm/fedimpres-fuzz-seed")
-    try:
-        save_state(path, _STATE)
-        return [path.read_bytes(), _foreign({"w": ("F32", [2], [0, 8])}, bytes(8))]
-    finally:
-        path.unlink(missing_ok=True)
+    canonical = written(lambda path: save_state(path, _STATE))
+    return [canonical, _foreign({"w": ("F32", [2], [0, 8])}, bytes(8))]
 
 
 def _foreign(tensors: dict[str, tuple[str, list[int], list[int]]], payload: bytes) -> bytes:

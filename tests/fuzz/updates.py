@@ -14,7 +14,7 @@ from fedserver.bank_summary import summarise_bank
 from fedserver.decoding import open_update
 from fedserver.synthesis.bank import Bank
 from fedserver.tensor_source import TensorFile
-from tests.fuzz.target import BINARY_WORDS, TEXT_WORDS, Target, bounded, only
+from tests.fuzz.target import BINARY_WORDS, TEXT_WORDS, Target, bounded, only, written
 
 _MODEL = {"w": torch.arange(12.0).reshape(3, 4), "b": torch.zeros(3)}
 _SPECS = [TensorSpec("w", "F32", (3, 4)), TensorSpec("b", "F32", (3,))]
@@ -27,13 +27,8 @@ _CODED = {
 }
 
 
-def _written(state: dict[str, torch.Tensor]) -> bytes:
-    path = Path("/dev/shm/fedimpres-fuzz-seed")
-    try:
-        save_state(path, state)
-        return path.read_bytes()
-    finally:
-        path.unlink(missing_ok=True)
+def _state(state: dict[str, torch.Tensor]) -> bytes:
+    return written(lambda path: save_state(path, state))
 
 
 def _update(coding: str) -> Target:
@@ -54,7 +49,7 @@ def _update(coding: str) -> Target:
                 for spec in _EXPECTED.tensors:
                     assert len(update.whole(spec)) == len(_MODEL[spec.name].reshape(-1))
 
-    return Target(f"update_{coding}", check, lambda: [_written(_CODED[coding])], BINARY_WORDS)
+    return Target(f"update_{coding}", check, lambda: [_state(_CODED[coding])], BINARY_WORDS)
 
 
 def check_bank(data: bytes, folder: Path) -> None:
@@ -74,7 +69,7 @@ def _bank() -> list[bytes]:
     born = torch.tensor([1, 2])
     bank = Bank.of(images, torch.tensor([0, 1]), born, torch.zeros(2, 2), torch.zeros(2, 4))
     return [
-        _written(
+        _state(
             {name: getattr(bank, name) for name in ("images", "labels", "born", "soft_targets", "features")}
         )
     ]
