@@ -201,12 +201,13 @@ def read_array(file: NpzFile, key: str, path: Path) -> NDArray[Any]:
 
 def _check_declared(file: NpzFile, key: str) -> None:
     """Raise ValueError if an array declares more than is there: numpy allocates what is declared before it reads."""
-    name = key if key in file.zip.namelist() else f"{key}.npy"
-    member = file.zip.getinfo(name)
+    archive = file.zip
+    assert archive is not None, "closed while it is read"
+    member = archive.getinfo(key if key in archive.namelist() else f"{key}.npy")
     if member.compress_type not in _METHODS:
         raise ValueError(f"compressed by method {member.compress_type}, expected none or deflate")
     most = member.compress_size * (_DEFLATE_FACTOR if member.compress_type == zipfile.ZIP_DEFLATED else 1)
-    with file.zip.open(member) as stored:
+    with archive.open(member) as stored:
         read_header = _HEADER_READERS.get(np.lib.format.read_magic(stored))
         if read_header is None:
             raise ValueError("not an array of numbers or text")
