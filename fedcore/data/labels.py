@@ -4,6 +4,7 @@ Sites map by name: an unknown name is an error, a class that the site lacks is n
 lack a class would number the rest differently, in silence.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -80,4 +81,8 @@ def check_label_array(labels: NDArray[Any], count: int, who: str) -> NDArray[Any
     flat = labels.reshape(-1)
     if flat.dtype.kind not in "iuU":
         raise DataError(f"{who}: labels are {flat.dtype}, expected whole numbers or text")
+    if flat.dtype.kind == "U" and flat.dtype.itemsize:
+        letters = np.ascontiguousarray(flat).view(np.dtype(np.uint32).newbyteorder(flat.dtype.byteorder))
+        if len(letters) and int(letters.max()) > sys.maxunicode:
+            raise DataError(f"{who}: labels hold bytes that are no text", hint="the file is damaged")
     return flat

@@ -195,6 +195,14 @@ def test_npz_member_that_is_no_array_is_refused(tmp_path: Path) -> None:
         open_dataset("npz", tmp_path / "a.npz").summarise()
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_npz_labels_that_are_no_text_are_refused(tmp_path: Path, order: str) -> None:
+    letters = np.array([ord("x"), 0x110000], np.dtype("u4").newbyteorder(order))
+    path = npz(tmp_path / "a.npz", train_images=images(2), train_labels=letters.view(f"{order}U1"))
+    with pytest.raises(DataError, match="labels hold bytes that are no text"):
+        open_dataset("npz", path).summarise()
+
+
 def test_npz_splits_are_cut_alike_for_every_plan_and_counted_in_the_summary(tmp_path: Path) -> None:
     path = npz(tmp_path / "a.npz", train_images=images(100), train_labels=np.arange(100) % 3)
     reader = open_dataset("npz", path)
