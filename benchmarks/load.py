@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from load_agents import Member, write_members
-from round import children, file_system, hardware, peak_rss_mb, round_records
+from round import children, file_system, hardware, peak_rss_mb
 
 from fedcore.channel import open_channel
 from fedcore.credential import join_address
@@ -41,7 +41,7 @@ from fedcore.errors import CallTimeoutError
 from fedcore.identity import Subject
 from fedcore.pki import new_key
 from fedcore.v1 import admin_pb2, federation_pb2, sites_pb2, sites_pb2_grpc
-from fedctl.admin import Admin
+from fedctl.admin import Admin, list_records
 from fedctl.demo_federation import HOST, LocalFederation, open_operator, start_coordinator
 from fedctl.demo_processes import ProcessGroup, free_ports
 from fedserver.authority import load_authority
@@ -149,7 +149,7 @@ def measure(root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         tell(workers, "echo")
         run, echoes = run_rounds(admin, echo, arguments)
         control = control_latencies(federation, run)
-        records = round_records(admin, run)
+        records = list_records(admin, run)
         pings, ping_calls = (
             asyncio.run(pings_beside_synthesis(federation, admin, arguments))
             if arguments.ping_s

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from fedcore.v1 import admin_pb2
-from fedctl.admin import Admin
+from fedctl.admin import Admin, list_records
 from fedctl.demo_federation import (
     DemoSite,
     LocalFederation,
@@ -93,7 +93,7 @@ def measure(root: Path, sites: int, params: int, rounds: int) -> dict[str, Any]:
             finally:
                 bare.close()
             cpu_after = cpu_seconds(group, demo_sites)
-            records = round_records(admin, run)
+            records = list_records(admin, run)
             peaks_mb = [
                 peak_rss_mb(pid) for pid in (group.pid("coordinator"), *children(group.pid("coordinator")))
             ]
@@ -160,12 +160,6 @@ def wait_paused(admin: Admin, run: str) -> None:
         if message.state in ("FAILED", "DEGRADED", "ABORTED") or time.monotonic() > deadline:
             raise SystemExit(f"run {message.state}: {message.reason}")
         time.sleep(0.05)
-
-
-def round_records(admin: Admin, run: str) -> list[dict[str, Any]]:
-    """Records of the finished rounds."""
-    reply = admin.call(lambda s: s.ListRounds, admin_pb2.ListRoundsRequest(run=run))
-    return [json.loads(text) for text in reply.records_json]
 
 
 class BareStreams:
