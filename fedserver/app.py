@@ -231,7 +231,8 @@ def _assemble(places: ServerHome, config: ServerConfig, database: Database, log_
     keeper = AuthorityKeeper(places.pki, config.name, config.certificates.lifetimes())
     certificates = Certificates(database, keeper.current)
     own = OwnCertificate(places.credential, config.host, certificates)
-    work = ComputeWork(compute, store, clock, config.compute.model_dump())
+    pool = ThreadPoolExecutor(_TRANSFER_THREADS, thread_name_prefix="transfer")
+    work = ComputeWork(compute, store, clock, config.compute.model_dump(), pool)
     meter = _run_meter(config)
     driver = RoundDriver(
         Journal(
@@ -256,7 +257,6 @@ def _assemble(places: ServerHome, config: ServerConfig, database: Database, log_
         clock,
     )  # fmt: skip
     turns = Turns(config.admission.max_transfers)
-    pool = ThreadPoolExecutor(_TRANSFER_THREADS, thread_name_prefix="transfer")
     return Coordinator(
         config,
         registry,

@@ -5,6 +5,7 @@ repeated a few times; recomputing gives the same bytes.
 """
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from fedserver.round_machine import (
     Synthesise,
 )
 from fedserver.round_state import RunState
+from fedserver.threads import in_pool
 
 ATTEMPTS = 3
 _MEASURE_WAIT_S = 45.0
@@ -42,13 +44,21 @@ class ComputeWork:
     """Compute commands of the coordinator, each answered with one event."""
 
     def __init__(
-        self, host: ComputeHost, store: ArtifactStore, clock: Clock, compute: dict[str, Any]
+        self,
+        host: ComputeHost,
+        store: ArtifactStore,
+        clock: Clock,
+        compute: dict[str, Any],
+        pool: ThreadPoolExecutor | None = None,
     ) -> None:
-        """`compute` is the configuration section of that name, as an object."""
+        """`compute` is the configuration section of that name, as an object. Without a `pool` in which the disk is
+        waited for there need be no event loop: a simulation talks to nobody meanwhile.
+        """
         self._host = host
         self._store = store
         self._clock = clock
         self._compute = compute
+        self._pool = pool
         self._measured: dict[str, Measure] = {}
 
     async def perform(
@@ -179,8 +189,11 @@ class ComputeWork:
         )
 
     async def _adopt(self, path: Path, digest: str) -> None:
-        """Store what the compute process wrote; the disk is waited for in a thread, for others go on talking."""
-        await asyncio.to_thread(self._store.adopt, path, digest)
+        """Store what the compute process wrote."""
+        if self._pool is None:
+            self._store.adopt(path, digest)
+        else:
+            await in_pool(self._pool, self._store.adopt, path, digest)
 
     def _lost(self, command: Aggregate, how: dict[str, str]) -> ev.Event:
         """The aggregation that failed because stored updates are gone: their sites are asked again."""

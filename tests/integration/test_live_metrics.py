@@ -42,8 +42,14 @@ def test_programs_at_work_show_what_they_do(federation: Federation) -> None:
         assert before["fedimpres_site_connected", SHARING] == before["fedimpres_round_number", ""] == 1
         assert before["fedimpres_run_rounds", ""] == 2
     assert federation.wait(run).state == "DONE"
-    after = page(federation, "coordinator")
-    assert after["fedimpres_rounds_finished_total", ""] == before["fedimpres_rounds_finished_total", ""] + 2
+    finished = "fedimpres_rounds_finished_total", ""
+
+    def shown_after() -> dict[tuple[str, str], float] | None:  # a page is a few seconds old
+        shown = page(federation, "coordinator")
+        return shown if shown[finished] > before[finished] + 1 else None
+
+    after = wait_until(shown_after, "the coordinator shows both rounds")
+    assert after[finished] == before[finished] + 2
     sent = "fedimpres_agent_sent_bytes_total", ""
     update = (page(federation, SHARING)[sent] - agent[sent]) / 2
     received = "fedimpres_received_bytes_total", ""

@@ -167,9 +167,11 @@ def test_a_restored_coordinator_serves_nobody_before_it_is_released(
         one["id"] for one in federation.ctl("backup", "list", str(tmp_path), "-o", "json").json["backups"]
     ] == [made["id"]]
     restore(home, backup, from_key_file(key), datetime.now(UTC))
-    port, enroll_port = free_ports(2)
+    port, enroll_port, metrics_port = free_ports(3)
     config = home / "fedserver.toml"
     text = config.read_text().replace(f"port = {federation.port}\n", f"port = {port}\n")
+    shown = federation.metrics_ports["coordinator"]
+    text = text.replace(f"port = {shown}\n", f"port = {metrics_port}\n")
     config.write_text(text.replace(f"port = {federation.enroll_port}\n", f"port = {enroll_port}\n"))
     operator = moved(federation.server_home / "operator", tmp_path / "operator", federation.port, port)
     probe = moved(federation.site_home(PROBE) / "credential", tmp_path / "probe", federation.port, port)
