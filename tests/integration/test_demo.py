@@ -41,6 +41,8 @@ class Demo:
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, MARK: self.mark},
                 start_new_session=True,
+                # A shell in the background has SIGINT ignored, and its children inherit that.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
             )
 
     @property
