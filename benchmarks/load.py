@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from load_agents import Member, write_members
-from round import children, file_system, hardware, peak_rss_mb
+from round import PLAN, children, file_system, hardware, peak_rss_mb
 
 from fedcore.channel import open_channel
 from fedcore.credential import join_address
@@ -57,16 +57,8 @@ SETTLE_S = 3.0
 # Descriptors beside the agents' own.
 SPARE_DESCRIPTORS = 200
 
-NOOP = """
-name = "load"
-rounds = {rounds}
-min_sites = {agents}
-strategy = "fedavg"
-[model]
-name = "noop"
-classes = 2
-input = [1, 8, 8]
-options = {{ params = {params} }}
+# Beside a plan: a thousand sites take their time.
+LIMITS = """
 [limits]
 stall_timeout_s = 600
 """
@@ -85,8 +77,6 @@ options = {{ width = 4 }}
 [synthesis]
 warmup_rounds = 0
 images = 256
-[limits]
-stall_timeout_s = 600
 """
 
 
@@ -258,7 +248,7 @@ def run_rounds(
     admin: Admin, echo: "subprocess.Popen[str]", arguments: argparse.Namespace
 ) -> tuple[str, list[float]]:
     """The rounds, and a bare echo before each: the run, and the echoes' p99 in seconds."""
-    plan = NOOP.format(agents=arguments.agents, rounds=arguments.rounds, params=arguments.params)
+    plan = PLAN.format(sites=arguments.agents, rounds=arguments.rounds, params=arguments.params) + LIMITS
     run = admin.call(lambda s: s.SubmitRun, admin_pb2.SubmitRunRequest(plan_toml=plan)).run
     wait_for(admin, run, lambda m: m.state != "QUEUED")
     control = admin_pb2.ControlRunRequest(run=run)
@@ -324,7 +314,7 @@ async def pings_beside_synthesis(
     federation: LocalFederation, admin: Admin, arguments: argparse.Namespace
 ) -> tuple[list[float], list[float]]:
     """Ping every agent once while impressions are made: round trips, and how long the operator's calls took, in seconds."""
-    plan = SYNTHESIS.format(agents=arguments.agents)
+    plan = SYNTHESIS.format(agents=arguments.agents) + LIMITS
     run = admin.call(lambda s: s.SubmitRun, admin_pb2.SubmitRunRequest(plan_toml=plan)).run
     wait_for(admin, run, lambda m: m.phase == "synthesising" and m.reason.startswith("synthes"))
     round_trips, calls = [], []

@@ -132,30 +132,36 @@ class Round:
     @property
     def outstanding(self) -> tuple[str, ...]:
         """Registered sites whose update is still expected."""
-        return tuple(s for s in self.registered if s not in self.reported and s not in self.let_go)
+        return tuple(filter(self._owes_update, self.registered))
 
     @property
     def collecting(self) -> bool:
         """Whether some update is still expected."""
-        return any(s not in self.reported and s not in self.let_go for s in self.registered)
+        return any(map(self._owes_update, self.registered))
 
     @property
     def measuring(self) -> bool:
         """Whether some site's figures are still expected."""
-        return any(s not in self.evaluations and s not in self.not_evaluated for s in self.accepted)
+        return any(map(self._owes_figures, self.accepted))
 
     def awaits_update(self, site: str) -> bool:
         """Whether the site is among `outstanding`."""
-        return site not in self.reported and site not in self.let_go and site in self.registered
+        return self._owes_update(site) and site in self.registered
 
     def awaits_figures(self, site: str) -> bool:
         """Whether the site is among `unevaluated`."""
-        return site not in self.evaluations and site not in self.not_evaluated and site in self.accepted
+        return self._owes_figures(site) and site in self.accepted
+
+    def _owes_update(self, site: str) -> bool:
+        return site not in self.reported and site not in self.let_go
+
+    def _owes_figures(self, site: str) -> bool:
+        return site not in self.evaluations and site not in self.not_evaluated
 
     @property
     def unevaluated(self) -> tuple[str, ...]:
         """Sites whose figures are still expected: all that the model was made of."""
-        return tuple(s for s in self.accepted if s not in self.evaluations and s not in self.not_evaluated)
+        return tuple(filter(self._owes_figures, self.accepted))
 
 
 @dataclass(frozen=True, slots=True)

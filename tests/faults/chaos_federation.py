@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedctl.demo_plan import to_toml
 from fedctl.demo_processes import free_ports
@@ -239,18 +239,26 @@ class ChaosFederation(Federation):
         return found
 
 
+Made = TypeVar("Made", bound=ChaosFederation)
+
+
 def build(root: Path, mutant: str = "") -> ChaosFederation:
     """Coordinator and agents, connected."""
-    port, enroll_port = free_ports(2)
-    made = ChaosFederation(root, port, enroll_port, mutant=mutant)
+    return set_up(ChaosFederation(root, *free_ports(2), mutant=mutant), heartbeat_s=0.5)
+
+
+def set_up(made: Made, *, heartbeat_s: float) -> Made:
+    """Coordinator and agents of a new federation, connected. What it began is stopped if that fails."""
     try:
         home = ("--home", str(made.server_home), "--name", "lab", "--host", "127.0.0.1")
         said = made.command(
-            "fedserver", "init", *home, "--port", str(port), "--enroll-port", str(enroll_port)
+            "fedserver", "init", *home, "--port", str(made.port), "--enroll-port", str(made.enroll_port)
         )
         assert said.code == 0, said
         config = made.server_home / "fedserver.toml"
-        config.write_text(config.read_text() + "\nheartbeat_interval_s = 0.5\n[compute]\nthreads = 1\n")
+        config.write_text(
+            config.read_text() + f"\nheartbeat_interval_s = {heartbeat_s}\n[compute]\nthreads = 1\n"
+        )
         made.start_coordinator()
         for site in SITES:
             made.enrol(site)

@@ -8,17 +8,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from fedctl.demo_plan import to_toml
 from fedctl.demo_processes import free_ports
-from tests.faults.chaos_federation import SITES, ChaosFederation
+from tests.faults.chaos_federation import SITES, ChaosFederation, set_up
 from tests.federation_fixture import (
-    CLASSES,
     Federation,
     digits_plan,
     gone,
     noop_plan,
     wait_until,
-    write_digits,
 )
 
 # Its agent and its agent's compute process may die at any time; those of the other sites live from beginning to end.
@@ -40,33 +37,7 @@ class SoakFederation(ChaosFederation):
 
 def build(root: Path) -> SoakFederation:
     """Coordinator and agents, connected."""
-    port, enroll_port = free_ports(2)
-    made = SoakFederation(root, port, enroll_port)
-    try:
-        said = made.command(
-            "fedserver", "init", "--home", str(made.server_home), "--name", "lab", "--host", "127.0.0.1",
-            "--port", str(port), "--enroll-port", str(enroll_port),
-        )  # fmt: skip
-        assert said.code == 0, said
-        config = made.server_home / "fedserver.toml"
-        config.write_text(config.read_text() + "\nheartbeat_interval_s = 1.0\n[compute]\nthreads = 1\n")
-        made.start_coordinator()
-        for site in SITES:
-            made.enrol(site)
-        write_digits(made, SITES)
-        for site in SITES:
-            settings = {
-                "reconnect_max_s": 0.5,
-                "data": {"kind": "npz", "path": str(made.data(site)), "class_names": list(CLASSES)},
-                "compute": {"device": "cpu", "threads": 1},
-            }
-            (made.site_home(site) / "agent.toml").write_text(to_toml(settings), encoding="utf-8")
-            made.start_agent(site)
-        made.wait_connected(*SITES)
-    except BaseException:
-        made.stop()
-        raise
-    return made
+    return set_up(SoakFederation(root, *free_ports(2)), heartbeat_s=1.0)
 
 
 def first_plans(draw: Random) -> list[dict[str, Any]]:

@@ -1,19 +1,10 @@
 """A part of `make chaos`: faults while a round comes about, up to the last update. Each fault of the matrix is in it."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.faults.fault_plan import PHASES
 from tests.faults.scenarios import Scenario, selection
 from tests.faults.trial import Trials, good
-
-
-@pytest.fixture(scope="module")
-def trials() -> Iterator[Trials]:
-    standing = Trials({})
-    yield standing
-    standing.close()
 
 
 @pytest.mark.timeout(900)
