@@ -1,8 +1,8 @@
 """How programs talk gRPC: channel options, server and client credentials, and one table of deadlines and
 retries.
 
-The table is given to grpc as a service config, so that every call made through these channels has its
-deadline and only idempotent calls are retried (exponential backoff, jittered by grpc), whoever makes them.
+Every call made through these channels has the deadline of the table unless its caller gives another, and only
+idempotent calls are retried (exponential backoff, jittered by grpc), whoever makes them.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 from fedcore import tls
@@ -27,6 +27,7 @@ KEEPALIVE_S = 15
 KEEPALIVE_TIMEOUT_S = 10
 
 Options = list[tuple[str, Any]]
+Channel = TypeVar("Channel", grpc.Channel, grpc.aio.Channel)
 
 _COMMON_OPTIONS: Options = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -149,22 +150,24 @@ def call_policy(method: str) -> CallPolicy:
 
 
 def service_config() -> str:
-    """The table as grpc reads it."""
+    """The retries of the table, as grpc reads them.
+
+    Not the deadlines: grpc takes the start of a call from the wall clock to find the end of a configured timeout, so that
+    after a step back of a minute every call of a minute would be over before it began, until the program is restarted.
+    """
     configs = []
     for method, policy in CALLS.items():
+        if not policy.idempotent:
+            continue
         _, service, name = method.split("/")
-        config: dict[str, Any] = {"name": [{"service": service, "method": name}]}
-        if policy.deadline_s is not None:
-            config["timeout"] = f"{policy.deadline_s:g}s"
-        if policy.idempotent:
-            config["retryPolicy"] = {
-                "maxAttempts": 3,
-                "initialBackoff": "0.2s",
-                "maxBackoff": "2s",
-                "backoffMultiplier": 3,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            }
-        configs.append(config)
+        retries = {
+            "maxAttempts": 3,
+            "initialBackoff": "0.2s",
+            "maxBackoff": "2s",
+            "backoffMultiplier": 3,
+            "retryableStatusCodes": ["UNAVAILABLE"],
+        }
+        configs.append({"name": [{"service": service, "method": name}], "retryPolicy": retries})
     return json.dumps({"methodConfig": configs})
 
 
@@ -198,24 +201,59 @@ def open_channel(credential: Credential | Path, *, proxy: str | None = None) -> 
     Raises ConfigError, IdentityError for a credential folder that is not usable.
     """
     loaded = _loaded(credential)
-    return grpc.aio.secure_channel(
-        loaded.coordinator, _client_credentials(loaded), options=client_options(proxy)
+    return with_deadlines(
+        grpc.aio.secure_channel(
+            loaded.coordinator, _client_credentials(loaded), options=client_options(proxy)
+        )
     )
 
 
 def open_sync_channel(credential: Credential | Path, *, proxy: str | None = None) -> grpc.Channel:
     """The same as `open_channel`, for the synchronous API."""
     loaded = _loaded(credential)
-    return grpc.secure_channel(loaded.coordinator, _client_credentials(loaded), options=client_options(proxy))
+    return with_deadlines(
+        grpc.secure_channel(loaded.coordinator, _client_credentials(loaded), options=client_options(proxy))
+    )
 
 
 def open_enrollment_channel(address: str, ca_pem: bytes, *, proxy: str | None = None) -> grpc.Channel:
     """A synchronous channel to the enrolment port, which asks for no client certificate; `ca_pem` is the
     only root.
     """
-    return grpc.secure_channel(
-        address, grpc.ssl_channel_credentials(root_certificates=ca_pem), options=client_options(proxy)
+    return with_deadlines(
+        grpc.secure_channel(
+            address, grpc.ssl_channel_credentials(root_certificates=ca_pem), options=client_options(proxy)
+        )
     )
+
+
+class _Timed:
+    """A method of a stub that has a deadline unless its caller gives another."""
+
+    def __init__(self, call: Callable[..., Any], deadline_s: float) -> None:
+        self._call = call
+        self._deadline_s = deadline_s
+
+    def __call__(self, *args: Any, timeout: float | None = None, **options: Any) -> Any:
+        return self._call(*args, timeout=self._deadline_s if timeout is None else timeout, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+
+def with_deadlines(channel: Channel) -> Channel:
+    """Have the stubs that are made with a channel keep to the table."""
+    for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
+        setattr(channel, kind, _timed(getattr(channel, kind)))
+    return channel
+
+
+def _timed(make: Callable[..., Any]) -> Callable[..., Any]:
+    def made(method: str, *args: Any, **options: Any) -> Any:
+        call, policy = make(method, *args, **options), CALLS.get(method)
+        return call if policy is None or policy.deadline_s is None else _Timed(call, policy.deadline_s)
+
+    return made
 
 
 def server_credentials(credential: Credential, *, require_client_certificate: bool) -> grpc.ServerCredentials:

@@ -199,7 +199,8 @@ def test_calls_have_deadlines_and_only_unary_ones_are_repeated_by_themselves(met
         assert policy.deadline_s is not None
         assert policy.deadline_s <= 60
     assert not (streaming and policy.idempotent)
-    assert f'"method": "{descriptor.name}"' in service_config()
+    assert (f'"method": "{descriptor.name}"' in service_config()) == policy.idempotent
+    assert "timeout" not in service_config()
 
 
 def _sources() -> list[Path]:

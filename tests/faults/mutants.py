@@ -115,16 +115,16 @@ def _sum_in_single_precision(module: Any) -> None:
 
 def _ask_once(module: Any) -> None:
     """A site that has said that it began is not asked again, whoever was restarted meanwhile."""
-    assign = module.RoundDriver._assign
+    assign = module.Assigning._assign
 
-    def once(driver: Any, session: Any, view: Any, command: Any) -> None:
-        current = view.state.current if view is not None else None
+    def once(assigning: Any, session: Any, state: Any, command: Any, directives: Any) -> None:
+        current = state.current if state is not None else None
         begun = current is not None and session.site in current.started
         if isinstance(command, module.Train) and begun and session.assignment is None:
             return
-        assign(driver, session, view, command)
+        assign(assigning, session, state, command, directives)
 
-    module.RoundDriver._assign = once
+    module.Assigning._assign = once
 
 
 def _keep_parts_as_whole(module: Any) -> None:
@@ -191,7 +191,7 @@ MUTANTS: Mapping[str, Mapping[str, Patch]] = {
         "fedserver.aggregation": _sum_as_they_came,
         "fedserver.block_mergers": _sum_in_single_precision,
     },
-    "sites are not asked again": {"fedserver.round_driver": _ask_once},
+    "sites are not asked again": {"fedserver.assigning": _ask_once},
     "a part of an upload counts as the whole": {"fedserver.deliveries": _keep_parts_as_whole},
     "an agent trusts what it has cached": {"fedcore.artifact_store": _trust_the_cache},
     "a full disk at the coordinator fails the site": {

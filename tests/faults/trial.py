@@ -37,6 +37,20 @@ class Trials:
         self._usual_files: set[str] = set()
         self.federation: ChaosFederation | None = None
 
+    def stand(self) -> ChaosFederation:
+        """The federation, built and warmed up if there is none."""
+        if self.federation is None:
+            root = Path(tempfile.mkdtemp(dir=self._folder.name))
+            self.federation = build(root, self._mutant)
+            everybody = (SITES, SITES)
+            for document in (upload_document(), impressions_document()):
+                found = References(self.federation).digest(document, everybody)
+                known = self._known.setdefault((document["name"], everybody), found)
+                assert found == known, f"{document['name']}: two undisturbed runs gave {found} and {known}"
+            self._usual = self.federation.held_resources()
+            self._usual_files = set(self.federation.left_files())
+        return self.federation
+
     def run(self, scenario: Scenario) -> dict[str, Any]:
         """One scenario, as chaos.json tells it."""
         record: dict[str, Any] = {"seed": scenario.seed, "fault": scenario.fault, "phase": scenario.phase}
@@ -50,7 +64,7 @@ class Trials:
         }
         record |= {"counted_twice": [], "lost": [], "leaks": []}
         try:
-            federation = self._standing()
+            federation = self.stand()
             since = {name: federation.log_size(name) for name in SITES}
             try:
                 run = self._under_faults(federation, scenario)
@@ -73,20 +87,6 @@ class Trials:
                 self.federation.check_over()
         finally:
             self._folder.cleanup()
-
-    def _standing(self) -> ChaosFederation:
-        """The federation, built and warmed up if there is none."""
-        if self.federation is None:
-            root = Path(tempfile.mkdtemp(dir=self._folder.name))
-            self.federation = build(root, self._mutant)
-            everybody = (SITES, SITES)
-            for document in (upload_document(), impressions_document()):
-                found = References(self.federation).digest(document, everybody)
-                known = self._known.setdefault((document["name"], everybody), found)
-                assert found == known, f"{document['name']}: two undisturbed runs gave {found} and {known}"
-            self._usual = self.federation.held_resources()
-            self._usual_files = set(self.federation.left_files())
-        return self.federation
 
     def _under_faults(self, federation: ChaosFederation, scenario: Scenario) -> str:
         (fault,) = scenario.plan  # one after the other would be a phase of its own
