@@ -335,16 +335,16 @@ def _measured(
     else:
         awaited = awaits_figures(state, current, event.site)
     _expect(state, state.stage is Stage.EVALUATING and awaited, event)
-    current = replace(current, evaluated_at=event.at)
     match event:
         case ev.EvaluationReported():
             found = with_item(current.evaluations, event.site, event.metrics)
-            return replace(state, current=replace(current, evaluations=found))
+            measured = replace(current, evaluated_at=event.at, evaluations=found)
         case ev.EvaluationLetGo():
             let_go = with_item(current.not_evaluated, event.site, event.reason)
-            return replace(state, current=replace(current, not_evaluated=let_go))
+            measured = replace(current, evaluated_at=event.at, not_evaluated=let_go)
         case ev.UpdatesScored():
-            return replace(state, current=replace(current, scores=event))
+            measured = replace(current, evaluated_at=event.at, scores=event)
+    return replace(state, current=measured)
 
 
 def awaits_figures(state: RunState, current: Round, site: str) -> bool:

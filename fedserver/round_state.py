@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from fedcore.plan import Plan
 from fedcore.round_record import RoundRecord
@@ -88,7 +88,8 @@ class Round:
     """The round under way.
 
     Invariants: started, reported and let_go hold only registered sites; reported and let_go are disjoint; accepted and
-    rejected hold only reported sites; `model` and `released` are set exactly from the aggregation on.
+    rejected hold only reported sites; evaluations and not_evaluated are disjoint, and hold only accepted sites and "", the
+    coordinator's own set; `model` and `released` are set exactly from the aggregation on.
     """
 
     number: int
@@ -137,12 +138,13 @@ class Round:
     @property
     def collecting(self) -> bool:
         """Whether some update is still expected."""
-        return any(map(self._owes_update, self.registered))
+        return len(self.reported) + len(self.let_go) < len(self.registered)
 
     @property
     def measuring(self) -> bool:
         """Whether some site's figures are still expected."""
-        return any(map(self._owes_figures, self.accepted))
+        own = "" in self.evaluations or "" in self.not_evaluated
+        return len(self.evaluations) + len(self.not_evaluated) - own < len(self.accepted)
 
     def awaits_update(self, site: str) -> bool:
         """Whether the site is among `outstanding`."""
@@ -329,5 +331,6 @@ def superseded(before: RunState, after: RunState) -> set[str]:
 
 
 def with_item(mapping: Mapping[K, V], key: K, value: V) -> Mapping[K, V]:
-    """A read-only copy of `mapping` with one item more."""
-    return MappingProxyType({**mapping, key: value})
+    """A read-only copy of `mapping`, a dictionary or a view of one, with one item more."""
+    # `|` copies what is behind a view at once; `**` would go through it item by item, for each of a thousand sites.
+    return MappingProxyType(cast("dict[K, V]", mapping) | {key: value})

@@ -970,6 +970,10 @@ class RunMachine(RuleBasedStateMachine):
         assert registered <= set(current.expected)
         assert current.attempt <= 2
         assert (current.model is None) == (current.released is None) == (current.aggregated_at is None)
+        assert not set(current.evaluations) & set(current.not_evaluated)
+        assert {*current.evaluations, *current.not_evaluated} <= {*current.accepted, ""}
+        assert current.collecting == bool(current.outstanding)
+        assert current.measuring == bool(current.unevaluated)
 
     @invariant()
     def nothing_needed_is_ever_superseded(self) -> None:
