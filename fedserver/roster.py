@@ -11,6 +11,8 @@ from fedcore.errors import FedimpresError, IdentityError, OverloadedError
 from fedcore.v1 import federation_pb2
 from fedserver.round_decisions import Presence, Withheld
 from fedserver.round_machine import Evaluate, Train
+from fedserver.round_state import RunState
+from fedserver.suitability import unable_reason
 
 _QUEUE_DEPTH = 64
 
@@ -49,6 +51,20 @@ class Session:
     asked: dict[int, asyncio.Future[federation_pb2.AgentMessage]] = field(default_factory=dict)
     # Why the coordinator ended the stream, if it refused the site.
     refusal: FedimpresError | None = None
+    # What `unable` found last, and for which run and objective.
+    _found: tuple[tuple[str, str], str] | None = None
+
+    def unable(self, state: RunState) -> str:
+        """Why the site can't take part in a run, in words; empty if it can. Every look at the rounds asks every session."""
+        asked = state.run, state.objective
+        if self._found is None or self._found[0] != asked:
+            self._found = asked, unable_reason(state, self.capabilities)
+        return self._found[1]
+
+    def learn(self, capabilities: federation_pb2.Capabilities) -> None:
+        """Take in what the site can do from now on."""
+        self.capabilities.CopyFrom(capabilities)
+        self._found = None
 
     def send(self, directive: federation_pb2.Directive) -> bool:
         """Queue a directive; False if the agent reads too slowly to take it."""

@@ -31,7 +31,6 @@ from fedserver.roster import Roster
 from fedserver.round_decisions import Withheld, World, concerned, decide, waiting_for
 from fedserver.round_machine import Evaluate, Train, apply, task_of, work
 from fedserver.round_state import RunState, Stage, Status, needed, superseded
-from fedserver.suitability import unable_reason
 
 _TICK_S = 0.25
 _RETRY_S = 5.0
@@ -337,10 +336,7 @@ class RoundDriver:
 
     def _world(self, view: RunView, state: RunState | None = None) -> World:
         state = state or view.state
-        unable = {
-            site: unable_reason(state, session.capabilities)
-            for site, session in self._roster.sessions.items()
-        }
+        unable = {site: session.unable(state) for site, session in self._roster.sessions.items()}
         return World(
             now=self._clock.monotonic(),
             wall=self._clock.wall(),

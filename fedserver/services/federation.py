@@ -168,7 +168,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
                     await self._driver.post(report.run, self._figures(site, at, report))
                     self._progress(session, "evaluated")
                 case "capabilities":
-                    session.capabilities.CopyFrom(checked_capabilities(message.capabilities))
+                    session.learn(checked_capabilities(message.capabilities))
                     self._driver.nudge()
                 case "pong":
                     answered(session, message.pong.nonce, message)

@@ -1,7 +1,10 @@
 """What a site says of itself, cut to size, and whether it can take part."""
 
+from dataclasses import replace
+
 from fedcore.plan import validate_plan
 from fedcore.v1 import federation_pb2
+from fedserver.roster import Session
 from fedserver.round_state import RunState
 from fedserver.suitability import checked_capabilities, unable_reason
 
@@ -51,3 +54,14 @@ def test_reasons_are_short_however_much_is_installed() -> None:
     assert len(reason) == 300
     fox = federation_pb2.Capabilities(models=["cnn"], class_names=["cat", "fox"])
     assert unable_reason(STATE, fox) == "its data has class 'fox', which the plan does not name (cat, dog)"
+
+
+def test_what_a_session_can_do_follows_the_run_and_what_the_site_says_last() -> None:
+    said = federation_pb2.Capabilities()
+    said.CopyFrom(ABLE)
+    session = Session("a", "s1", said, since=0.0, last_progress=0.0)
+    assert session.unable(STATE) == session.unable(STATE) == ""
+    assert "objective 'triplet' is not installed" in session.unable(replace(STATE, objective="triplet"))
+    assert session.unable(STATE) == ""
+    session.learn(federation_pb2.Capabilities(unavailable_reason="paused"))
+    assert session.unable(STATE) == "paused"
