@@ -3,6 +3,7 @@
 Written by temp, fsync, rename, so a file that is there is whole.
 """
 
+import contextlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -79,9 +80,17 @@ class ArtifactStore:
         for path in self.root.glob("??/*.safetensors"):
             yield path.stem
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every artifact, by digest; of those that go meanwhile, or not."""
+        found = {}
+        for path in self.root.glob("??/*.safetensors"):
+            with contextlib.suppress(FileNotFoundError):
+                found[path.stem] = path.stat().st_size
+        return found
+
     def size_bytes(self) -> int:
         """Bytes of all artifacts together."""
-        return sum(path.stat().st_size for path in self.root.glob("??/*.safetensors"))
+        return sum(self.sizes().values())
 
     def intact(self, digest: str) -> bool:
         """Read the artifact again and compare its digest; False if it is missing or damaged."""

@@ -18,6 +18,7 @@ FedimpresError
 ├── ConflictError            the request contradicts what is already there
 ├── TermError                a coordinator of an earlier term than is known: it was replaced by a restored one
 ├── OverloadedError          admission is full; try again later
+├── QuotaError               a run would take more of the coordinator's disk than its quota leaves
 ├── UnreachableError         no connection, or TLS failed
 │   ├── ForeignCertificateError  who answers shows a certificate that is not of the federation
 │   └── HeldError            a restored coordinator that serves nobody yet
@@ -158,6 +159,12 @@ class OverloadedError(FedimpresError):
     """Admission is full; the caller may try again later."""
 
     code = "overloaded"
+
+
+class QuotaError(FedimpresError):
+    """A run would take more of the coordinator's disk than its quota leaves."""
+
+    code = "quota"
 
 
 class UnreachableError(FedimpresError):

@@ -149,6 +149,8 @@ class Plan(_Section):
 
     name: Name
     rounds: int = Field(ge=1, le=100_000)
+    # Of how many rounds, the newest, the coordinator keeps the model; the best round's is kept beside them.
+    keep_models: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
     min_sites: int = Field(1, ge=1)
     strategy: str = "fedimpres"
     strategy_options: Options = {}
@@ -235,7 +237,7 @@ class Plan(_Section):
         """The plan as sites get it: less what only the coordinator acts upon, and what else is at its
         default and an agent of version 0.1 would not know."""
         unknown: dict[str, bool | set[str]] = {
-            "gate": True, "aggregation": True, "limits": _COORDINATORS_LIMITS,
+            "keep_models": True, "gate": True, "aggregation": True, "limits": _COORDINATORS_LIMITS,
         }  # fmt: skip
         if self.transfer == TransferSection():
             unknown["transfer"] = True

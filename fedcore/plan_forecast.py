@@ -66,6 +66,8 @@ class PlanForecast(BaseModel):
     disk_kept_bytes: int
     disk_peak_bytes: int
     disk_free_bytes: int
+    # What the storage quota leaves for it; null without a quota.
+    quota_room_bytes: int | None = None
     # What looks unintended, one line each.
     odd: list[str] = []
 

@@ -65,6 +65,7 @@ TABLE: dict[type[e.FedimpresError], ErrorMapping] = {
     e.ConflictError: ErrorMapping(_S.ALREADY_EXISTS, 7),
     e.TermError: ErrorMapping(_S.FAILED_PRECONDITION, 7),
     e.OverloadedError: ErrorMapping(_S.RESOURCE_EXHAUSTED, 1),
+    e.QuotaError: ErrorMapping(_S.FAILED_PRECONDITION, 1),
     e.UnreachableError: ErrorMapping(_S.UNAVAILABLE, 3),
     e.ForeignCertificateError: ErrorMapping(_S.UNAVAILABLE, 3),
     e.HeldError: ErrorMapping(_S.UNAVAILABLE, 3),

@@ -78,6 +78,8 @@ def _show(found: "PlanForecast") -> None:
             f"{format_bytes(found.disk_free_bytes)} free",
         ),
     ]
+    if found.quota_room_bytes is not None:
+        lines.append(("storage quota", f"leaves it {format_bytes(max(0, found.quota_room_bytes))}"))
     lines += [(UNKNOWN, what) for what in found.not_measured]
     lines += [("waits for", run) for run in found.waits_for]
     lines += [("odd", text) for text in found.odd]

@@ -60,6 +60,7 @@ from fedserver.journal import Journal
 from fedserver.journal_end import JournalEnd
 from fedserver.limits import Limits
 from fedserver.log_tail import LogTail
+from fedserver.model_keeper import ModelKeeper
 from fedserver.own_certificate import OwnCertificate
 from fedserver.registry import Registry
 from fedserver.retention import sweep
@@ -124,6 +125,7 @@ class Coordinator:
     health: HealthService
     facts: HealthFacts
     log_tail: LogTail
+    models: ModelKeeper
     pool: ThreadPoolExecutor
     turns: Turns
     # None unless metrics are asked for.
@@ -176,6 +178,7 @@ async def _serve_until(
     driving = asyncio.create_task(_drive(parts, manager))
     renewing = asyncio.create_task(parts.own.serve())
     watching = asyncio.create_task(parts.rotation.watch())
+    keeping = asyncio.create_task(parts.models.serve())
     stopping = asyncio.create_task(stop.wait())
     watchdog = asyncio.create_task(manager.watch(lambda: parts.compute.stuck(manager.watchdog_s)))
     manager.ready()
@@ -188,8 +191,9 @@ async def _serve_until(
         runs=len(parts.driver.views()),
     )
     try:
-        await asyncio.wait({driving, stopping, renewing, watching}, return_when=asyncio.FIRST_COMPLETED)
-        for work in (driving, renewing, watching):
+        working = (driving, renewing, watching, keeping)
+        await asyncio.wait({stopping, *working}, return_when=asyncio.FIRST_COMPLETED)
+        for work in working:
             if work.done():
                 work.result()
         return 0
@@ -198,6 +202,7 @@ async def _serve_until(
         stopping.cancel()
         renewing.cancel()
         watching.cancel()
+        keeping.cancel()
         await _drain(parts, servers, driving)
         watchdog.cancel()
 
@@ -249,10 +254,12 @@ def _assemble(places: ServerHome, config: ServerConfig, database: Database, log_
         registry.withheld,
     )
     health = HealthService()
+    audit = AuditLog(database)
+    models = ModelKeeper(driver, store, audit, config.storage.quota_bytes)
     facts = HealthFacts(
         Watched(
             database, store, compute, own.current, keeper.current, registry, roster,
-            health.services, driver.journal_lag_s, lambda: driver.draining,
+            health.services, driver.journal_lag_s, lambda: driver.draining, models.usage,
         ),
         clock,
     )  # fmt: skip
@@ -262,7 +269,7 @@ def _assemble(places: ServerHome, config: ServerConfig, database: Database, log_
         registry,
         certificates,
         Grants(database),
-        AuditLog(database),
+        audit,
         Terms(database),
         keeper,
         own,
@@ -275,6 +282,7 @@ def _assemble(places: ServerHome, config: ServerConfig, database: Database, log_
         health,
         facts,
         log_tail,
+        models,
         pool,
         turns,
         meter,
@@ -339,6 +347,11 @@ async def _start_servers(
         purges,
         lambda: parts.keeper.current().issuer,
     )
+    journal = Journal(database)
+    dry_run = DryRun(
+        driver, parts.roster, parts.registry, journal, parts.work, parts.store, parts.models.usage,
+        config.heartbeat_interval_s,
+    )  # fmt: skip
     admin = AdminService(
         driver,
         parts.roster,
@@ -351,6 +364,7 @@ async def _start_servers(
         datetime.now(UTC),
         spool_bytes,
         parts.rotation.problems,
+        dry_run.check_quota,
     )
     requests = EnrollmentRequests(database, parts.keeper.current, config.limits)
     limits = Limits(config.limits)
@@ -382,7 +396,7 @@ async def _start_servers(
     sites_pb2_grpc.add_SitesServicer_to_server(sites, main)
     membership_pb2_grpc.add_MembershipServicer_to_server(MembershipService(tokens, requests), main)
     audit_pb2_grpc.add_AuditServicer_to_server(AuditService(parts.audit, parts.grants), main)
-    operations = _operations(parts, places, database)
+    operations = _operations(parts, places, database, journal, dry_run)
     operations_pb2_grpc.add_OperationsServicer_to_server(operations, main)
     impressions_pb2_grpc.add_ImpressionsServicer_to_server(impressions, main)
     backup = BackupService(places, config.name, parts.store, parts.pool, parts.turns)
@@ -403,11 +417,10 @@ async def _start_servers(
     return main, enrolling
 
 
-def _operations(parts: Coordinator, places: ServerHome, database: Database) -> OperationsService:
-    config, driver, journal = parts.config, parts.driver, Journal(database)
-    dry_run = DryRun(
-        driver, parts.roster, parts.registry, journal, parts.work, parts.store, config.heartbeat_interval_s
-    )
+def _operations(
+    parts: Coordinator, places: ServerHome, database: Database, journal: Journal, dry_run: DryRun
+) -> OperationsService:
+    config, driver = parts.config, parts.driver
     bundle = DebugBundle(
         Examined(
             places.root, config, database, journal, parts.registry, parts.certificates, parts.roster, driver,

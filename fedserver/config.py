@@ -54,6 +54,18 @@ class LimitsConfig(ConfigSection):
         return self.spool_mib << 20
 
 
+class StorageConfig(ConfigSection):
+    """How much the artifacts may take. Without a quota nothing is dropped that a plan does not give up itself."""
+
+    # When models, updates and impressions together take more, models of old rounds are dropped.
+    quota_gib: float | None = Field(None, gt=0)
+
+    @property
+    def quota_bytes(self) -> int | None:
+        """`quota_gib` in bytes."""
+        return None if self.quota_gib is None else int(self.quota_gib * (1 << 30))
+
+
 Days = Annotated[float, Field(gt=0, le=365)]
 
 
@@ -88,6 +100,7 @@ class ServerConfig(ConfigSection):
     compute: ComputeConfig = ComputeConfig()
     admission: AdmissionConfig = AdmissionConfig()
     limits: LimitsConfig = LimitsConfig()
+    storage: StorageConfig = StorageConfig()
     certificates: CertificatesConfig = CertificatesConfig()
     metrics: MetricsConfig = MetricsConfig()
 

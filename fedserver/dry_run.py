@@ -2,16 +2,20 @@
 
 import asyncio
 import shutil
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import structlog
+
 from fedcore.artifact_store import ArtifactStore
-from fedcore.errors import FedimpresError
+from fedcore.errors import ComputeError, FedimpresError, OverloadedError, QuotaError
 from fedcore.plan import Plan
 from fedcore.plan_forecast import PlanForecast
 from fedserver.compute_work import ComputeWork
-from fedserver.forecast import Enrolled, Surroundings, forecast
+from fedserver.forecast import Enrolled, Surroundings, forecast, over_quota
 from fedserver.journal import Journal
 from fedserver.measured_rates import KINDS, NEWEST, Past, measured
+from fedserver.model_keeper import Usage
 from fedserver.registry import Registry
 from fedserver.roster import Roster
 from fedserver.round_driver import RoundDriver
@@ -20,6 +24,7 @@ from fedserver.strategies import load_strategy
 # Earlier runs that are looked at, the newest, and events of each.
 _RUNS = 20
 _EVENTS = 5000
+log = structlog.get_logger(__name__)
 
 
 class DryRun:
@@ -33,6 +38,7 @@ class DryRun:
         journal: Journal,
         work: ComputeWork,
         store: ArtifactStore,
+        usage: Callable[[], Awaitable[Usage]],
         heartbeat_interval_s: float,
     ) -> None:
         self._driver = driver
@@ -41,6 +47,7 @@ class DryRun:
         self._journal = journal
         self._work = work
         self._store = store
+        self._usage = usage
         self._heartbeat_interval_s = heartbeat_interval_s
 
     async def check(self, plan: Plan) -> PlanForecast:
@@ -52,7 +59,29 @@ class DryRun:
         measure = await self._work.measure(plan)
         past = await asyncio.to_thread(self._past)
         rates = measured(plan, past, measure.sizes.update + measure.sizes.impressions)
-        return forecast(plan, measure, rates, self._around(plan))
+        return forecast(plan, measure, rates, self._around(plan, (await self._usage()).room_bytes))
+
+    async def check_quota(self, plan: Plan) -> None:
+        """Raise QuotaError if a run of this plan does not fit into the storage quota, PlanError if it can't be built.
+
+        It is let in unmeasured while the compute process is busy: a queue of runs must not wait for that.
+        """
+        room_bytes = (await self._usage()).room_bytes
+        if room_bytes is None:
+            return
+        try:
+            measure = await self._work.measure(plan)
+        except (OverloadedError, ComputeError) as error:
+            log.warning("plan let in without a look at the storage quota", plan=plan.name, error=str(error))
+            return
+        sites = plan.sites if plan.sites is not None else self._registry.enabled_sites()
+        why = over_quota(plan, measure, len(sites), room_bytes)
+        if why:
+            raise QuotaError(
+                f"plan {plan.name}: {why}",
+                hint="keep fewer models (keep_models in the plan), purge impressions, or raise [storage] quota_gib in "
+                "fedserver.toml",
+            )
 
     def _past(self) -> list[Past]:
         views = self._driver.views()[-_RUNS:]
@@ -66,7 +95,7 @@ class DryRun:
             for view in views
         ]
 
-    def _around(self, plan: Plan) -> Surroundings:
+    def _around(self, plan: Plan, quota_room_bytes: int | None) -> Surroundings:
         sites = {}
         withheld = self._registry.withheld()
         for row in self._registry.sites():
@@ -79,6 +108,7 @@ class DryRun:
         return Surroundings(
             sites=sites,
             free_bytes=shutil.disk_usage(self._store.root).free,
+            quota_room_bytes=quota_room_bytes,
             waits_for=[view.state.run for view in self._driver.views() if not view.state.status.final],
             held=drain.says if drain is not None else "",
             refused=refused or self._without_initial(plan),

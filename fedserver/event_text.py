@@ -4,6 +4,7 @@ from fedcore.round_record import RoundRecord
 from fedcore.v1 import operations_pb2
 from fedserver import round_events as ev
 from fedserver.journal import Submission
+from fedserver.model_drops import ranges
 from fedserver.run_messages import timestamp
 
 
@@ -86,6 +87,8 @@ def _later_text(event: ev.Event) -> str:
             return f"{event.by} purged the impressions of rounds {rounds}: {event.reason}"
         case ev.PurgeConfirmed():
             return f"removed purged impressions: {len(event.deleted)} banks were there"
+        case ev.ModelsDropped():
+            return f"dropped the models of rounds {ranges(event.rounds)}: {event.reason}"
         case ev.RunFinished():
             return f"{event.status}: {event.reason}"
         case _:

@@ -54,6 +54,8 @@ class Surroundings:
 
     sites: Mapping[str, Enrolled]
     free_bytes: int
+    # What the storage quota leaves beside all that can't be dropped; None without a quota.
+    quota_room_bytes: int | None = None
     waits_for: Sequence[str] = ()
     held: str = ""
     # What else would be refused or is odd, from what only the coordinator can look at (files on its disk).
@@ -128,14 +130,16 @@ def forecast(plan: Plan, measure: Measure, rates: Rates, around: Surroundings) -
         disk_kept_bytes=kept,
         disk_peak_bytes=peak,
         disk_free_bytes=around.free_bytes,
+        quota_room_bytes=around.quota_room_bytes,
     )
     capabilities = [
         site.capabilities
         for name in expected
         if (site := around.sites.get(name)) and site.capabilities is not None
     ]
+    quota = over_quota(plan, measure, len(expected), around.quota_room_bytes)
     odd = oddities(plan, measure.synthesises, draft, capabilities, around.heartbeat_interval_s)
-    return draft.model_copy(update={"blocked": _blocked(draft, around), "odd": [*odd, *around.odd]})
+    return draft.model_copy(update={"blocked": _blocked(draft, around, quota), "odd": [*odd, *around.odd]})
 
 
 def _site(
@@ -197,22 +201,43 @@ def _round_s(
 
 
 def _disk(plan: Plan, measure: Measure, num_sites: int) -> tuple[int, int]:
-    """Bytes at the coordinator: every round's model and impressions for good; a round's updates and what is being
-    made beside them.
+    """Bytes at the coordinator: for good the models that the plan keeps and every round's impressions; a round's updates
+    and what is being made beside them.
     """
     sizes = measure.sizes
     banks = sum(measure.makes_in(plan, number) for number in range(1, plan.rounds + 1))
-    kept = (plan.rounds + 1) * sizes.model + banks * sizes.impressions
+    # The first model, those of the newest rounds, and the best.
+    models = plan.rounds if plan.keep_models == "all" else min(plan.rounds, plan.keep_models + 1)
+    kept = (models + 1) * sizes.model + banks * sizes.impressions
     asked = min(plan.training.sites_per_round or num_sites, num_sites)
     under_way = asked * sizes.update + (3 if measure.averages else 1) * sizes.model + 2 * sizes.state
     return kept, kept + under_way
 
 
-def _blocked(draft: PlanForecast, around: Surroundings) -> str:
+def over_quota(plan: Plan, measure: Measure, num_sites: int, room_bytes: int | None) -> str:
+    """Why a run of this plan is refused under the storage quota, which leaves it `room_bytes`; empty if it is not.
+
+    Beside what `_disk` counts, updates of the round before may still be there: late ones.
+    """
+    asked = min(plan.training.sites_per_round or num_sites, num_sites)
+    needs = _disk(plan, measure, num_sites)[1] + asked * measure.sizes.update
+    if room_bytes is None or needs <= room_bytes:
+        return ""
+    return (
+        f"it needs {_mib(needs)} of the coordinator's disk, expected at most {_mib(room_bytes)}: "
+        "what else there is of the storage quota can't be freed"
+    )
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{max(num_bytes, 0) / (1 << 20):.1f} MiB"
+
+
+def _blocked(draft: PlanForecast, around: Surroundings, quota: str) -> str:
     if around.refused:
         return around.refused
     if draft.fitting < draft.min_sites:
         return f"{draft.fitting} of {len(draft.sites)} sites fit, min_sites is {draft.min_sites}"
     if draft.disk_peak_bytes > draft.disk_free_bytes:
         return f"it needs {draft.disk_peak_bytes} bytes of disk at the coordinator, {draft.disk_free_bytes} are free"
-    return around.held
+    return quota or around.held

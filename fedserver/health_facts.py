@@ -6,7 +6,7 @@ if it was heard of. `HealthFacts.collect` finds them; the functions below it jud
 
 import asyncio
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
@@ -22,9 +22,12 @@ from fedcore.process_state import process_state
 from fedcore.renewal import life_of
 from fedserver.authority import Authority
 from fedserver.drain import Drain
+from fedserver.model_keeper import Usage
 from fedserver.registry import Registry, utc_now
 from fedserver.roster import Roster
 
+# So much of the storage quota may be artifacts that no drop frees.
+FULL_SHARE = 0.9
 LOW_DISK_BYTES = 2 << 30
 # A commit, or a fact on its way into the journal, that takes longer is no longer a healthy one.
 SLOW_WRITE_S = 2.0
@@ -59,7 +62,8 @@ class HealthFact:
 @dataclass(frozen=True, slots=True)
 class Watched:
     """The parts of a coordinator that are looked at. `services` gives each gRPC service and whether it serves,
-    `journal_lag_s` how long the oldest fact waits to be journalled, `drain` the drain in force.
+    `journal_lag_s` how long the oldest fact waits to be journalled, `drain` the drain in force,
+    `usage` what artifacts take.
     """
 
     database: Database
@@ -72,6 +76,7 @@ class Watched:
     services: Callable[[], Mapping[str, bool]]
     journal_lag_s: Callable[[], float]
     drain: Callable[[], Drain | None]
+    usage: Callable[[], Awaitable[Usage]]
 
 
 class HealthFacts:
@@ -90,6 +95,7 @@ class HealthFacts:
             await self._database(),
             journal_fact(w.journal_lag_s()),
             disk_fact(shutil.disk_usage(w.store.root)),
+            artifacts_fact(await w.usage()),
             self._compute(),
             certificate_fact(w.credential().certificate, now),
             ca_fact("issuing-ca", w.authority().issuing.certificate, now),
@@ -163,6 +169,22 @@ def disk_fact(usage: "shutil._ntuple_diskusage") -> HealthFact:
     )
     figures = {"free_bytes": float(usage.free), "total_bytes": float(usage.total)}
     return HealthFact("disk", not low, says, "", hint, figures)
+
+
+def artifacts_fact(usage: Usage) -> HealthFact:
+    """What artifacts take, of what they may. A quota that is used up by models which can be dropped is well: they are."""
+    figures = {"used_bytes": float(usage.used_bytes), "fixed_bytes": float(usage.fixed_bytes)}
+    if usage.quota_bytes is None:
+        says = f"{usage.used_bytes / 1e9:.1f} GB, no quota"
+        return HealthFact("artifacts", True, says, figures=figures)
+    figures["quota_bytes"] = float(usage.quota_bytes)
+    full = usage.fixed_bytes >= FULL_SHARE * usage.quota_bytes
+    says = (
+        f"{usage.used_bytes / 1e9:.1f} GB of a quota of {usage.quota_bytes / 1e9:.1f} GB "
+        f"({usage.used_bytes / usage.quota_bytes:.0%}); {usage.fixed_bytes / usage.quota_bytes:.0%} can't be dropped"
+    )
+    hint = "purge impressions, or raise [storage] quota_gib; see the runbook disk-full" if full else ""
+    return HealthFact("artifacts", not full, says, "", hint, figures)
 
 
 def compute_fact(exit_status: int | None, state: str, busy_with: str | None, silent_s: float) -> HealthFact:

@@ -1,4 +1,5 @@
-"""Artifacts that go: what no run needs when the coordinator starts, purged impressions, refused results."""
+"""Artifacts that go: what no run needs when the coordinator starts, purged impressions, dropped models,
+refused results."""
 
 import time
 from collections.abc import Iterable
@@ -8,6 +9,7 @@ import structlog
 from fedcore.artifact_store import ArtifactStore
 from fedserver import round_events as ev
 from fedserver.impression_purges import purged_only
+from fedserver.model_drops import dropped_only
 from fedserver.round_state import RunState, needed
 
 # An upload waits this long at most for the run that starts from it.
@@ -43,6 +45,16 @@ def erase_purged(store: ArtifactStore, states: Iterable[RunState]) -> None:
                 log.info("purged impressions erased", digest=digest)
         except OSError as error:
             log.error("purged impressions can't be erased", digest=digest, error=str(error))
+
+
+def erase_dropped(store: ArtifactStore, states: Iterable[RunState]) -> None:
+    """Delete the files of dropped models that a crash between journal and deletion left.
+
+    One that is younger than the drop stays: somebody has uploaded the same bytes since.
+    """
+    for digest, at in dropped_only(states).items():
+        if digest in store and store.path(digest).stat().st_mtime <= at:
+            store.delete(digest)
 
 
 def drop_refused(store: ArtifactStore, event: ev.Event, states: Iterable[RunState]) -> None:

@@ -26,7 +26,7 @@ from fedserver.compute_work import ComputeCommand, ComputeWork
 from fedserver.drain import Drain
 from fedserver.journal import Journal, Submission
 from fedserver.looks import Looks
-from fedserver.retention import drop_refused, erase_purged, sweep
+from fedserver.retention import drop_refused, erase_dropped, erase_purged, sweep
 from fedserver.roster import Roster
 from fedserver.round_decisions import Withheld, World, concerned, decide, waiting_for
 from fedserver.round_machine import Evaluate, Train, apply, task_of, work
@@ -93,6 +93,8 @@ class RoundDriver:
         self._drain: Drain | None = None
         self._assigning = Assigning(roster, store, clock, self._state_of)
         self._looks = Looks()
+        # Models that a run which is just being submitted starts from.
+        self._promised: list[str | None] = []
         # When each fact that is not durable yet was posted.
         self._unrecorded: dict[asyncio.Future[RunState], float] = {}
 
@@ -102,7 +104,9 @@ class RoundDriver:
         """Replay the journal. Call once, before `serve`."""
         for submission, state in self._journal.replay():
             self._views[submission.run] = self._new_view(submission, state)
-        erase_purged(self._store, [view.state for view in self._views.values()])
+        states = [view.state for view in self._views.values()]
+        erase_purged(self._store, states)
+        erase_dropped(self._store, states)
 
     def views(self) -> list[RunView]:
         """All runs, the oldest first."""
@@ -168,7 +172,11 @@ class RoundDriver:
     async def submit(self, plan: Plan, *, request_id: str | None, by: str) -> str:
         """Queue a run; the same request id gives the same run. Returns its id. Raises as `Journal.submit`."""
         run = f"{plan.name}-{secrets.token_hex(4)}"
-        submission = await self._journal.submit(run, plan, request_id=request_id, submitted_by=by)
+        self._promised.append(plan.training.initial)
+        try:
+            submission = await self._journal.submit(run, plan, request_id=request_id, submitted_by=by)
+        finally:
+            self._promised.remove(plan.training.initial)
         if submission.run not in self._views:  # new, or recorded by a call that was cut before it came here
             state = RunState(run=submission.run, plan=submission.plan)
             self._views[submission.run] = self._new_view(submission, state)
@@ -379,6 +387,7 @@ class RoundDriver:
         obsolete = superseded(before, after)
         if obsolete:
             obsolete -= {digest for view in self._views.values() for digest in needed(view.state)}
+            obsolete.difference_update(digest for digest in self._promised if digest)
         for digest in sorted(obsolete):
             self._store.delete(digest)
 

@@ -252,6 +252,14 @@ class PurgeConfirmed(_Event):
     audit_head: str
 
 
+class ModelsDropped(_Event):
+    """The models of these finished rounds were given up to save disk; also of a run that is over."""
+
+    kind: Literal["models_dropped"] = "models_dropped"
+    rounds: tuple[int, ...]
+    reason: str
+
+
 class RunFinished(_Event):
     """The run is over, for good."""
 
@@ -279,6 +287,7 @@ Event = Annotated[
     | ResumeRequested
     | ImpressionsPurged
     | PurgeConfirmed
+    | ModelsDropped
     | RunFinished,
     Field(discriminator="kind"),
 ]

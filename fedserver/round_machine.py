@@ -15,6 +15,7 @@ from fedcore.errors import ConflictError
 from fedcore.round_record import RoundRecord
 from fedserver import round_events as ev
 from fedserver.impression_purges import apply_purge
+from fedserver.model_drops import apply_drop
 from fedserver.round_state import Round, RunState, Stage, Status, Straggler, Update, with_item
 from fedserver.stragglers import after_round, close_collection, open_again, take_late, used_up
 from fedserver.synthesis.schedule import should_synthesise
@@ -106,6 +107,8 @@ class ScoreUpdates:
     updates: tuple[tuple[str, str], ...]
 
 
+# Also when the run is over.
+_AT_ANY_TIME = ev.ImpressionsPurged | ev.PurgeConfirmed | ev.ModelsDropped
 Command = Initialise | Train | Aggregate | Synthesise | Evaluate | EvaluateHere | ScoreUpdates
 
 
@@ -207,8 +210,8 @@ def _round_work(state: RunState, current: Round) -> tuple[Command, ...]:
 
 def apply(state: RunState, event: ev.Event) -> RunState:
     """The state after an event. Raises ConflictError if the event can't happen in this state."""
-    if isinstance(event, ev.ImpressionsPurged | ev.PurgeConfirmed):  # at any time, also when the run is over
-        return apply_purge(state, event)
+    if isinstance(event, _AT_ANY_TIME):
+        return apply_drop(state, event) if isinstance(event, ev.ModelsDropped) else apply_purge(state, event)
     if isinstance(event, ev.UpdateStored | ev.SiteLetGo):
         taken = take_late(state, event)
         if taken is not None:

@@ -193,6 +193,14 @@ class Purge:
 
 
 @dataclass(frozen=True, slots=True)
+class Drop:
+    """When the model of a round was dropped, in seconds since the epoch, and why."""
+
+    at: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class RunState:
     """A run. `finished` counts finished rounds; `model`, `impressions` and `strategy_state` are what the next round
     starts from, `released` is the newest model that was handed out (None before the first round).
@@ -227,6 +235,8 @@ class RunState:
     missed: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     records: tuple[RoundRecord, ...] = ()
     purges: tuple[Purge, ...] = ()
+    # Finished rounds whose model was dropped.
+    dropped: Mapping[int, Drop] = field(default_factory=dict)
     # Sites whose late update is still welcome, and late updates that wait for an aggregation; both empty unless the plan
     # folds. A straggler is asked for no other round.
     stragglers: Mapping[str, Straggler] = field(default_factory=dict)
@@ -285,12 +295,19 @@ class RunState:
 
 def needed(state: RunState) -> set[str]:
     """Digests of every artifact that the run, or who reads its results, can still ask for."""
+    kept = {record.model for record in state.records if record.round not in state.dropped}
+    return (kept | undroppable(state)) - {""}
+
+
+def undroppable(state: RunState) -> set[str]:
+    """Of `needed`, all but the models of rounds that nothing but the wish for them keeps."""
     found: set[str | None] = {state.plan.training.initial}
-    for record in state.records:
-        found.add(record.model)
-        if state.purge_of(record.round) is None:
-            found.add(record.impressions_digest)
+    found |= {r.impressions_digest for r in state.records if state.purge_of(r.round) is None}
+    if state.best is not None:
+        found |= {state.best.model, state.records[-1].model}
     if not state.status.final:
+        # Impressions that are made beside training look back to it.
+        found |= {record.model for record in state.records[-2:-1] if state.overlaps}
         found |= {state.model, state.released, state.impressions, state.strategy_state}
         if (current := state.current) is not None:
             found |= {current.model, current.released, current.strategy_state, current.new_impressions}
@@ -309,13 +326,18 @@ def held_for_late(state: RunState, *, first_model: bool) -> set[str | None]:
 
 
 def superseded(before: RunState, after: RunState) -> set[str]:
-    """Digests that the end of a round, or of the run, left behind; and at any time what was kept for a late update.
+    """Digests that the end of a round, or of the run, left behind; and at any time what was kept for a late update,
+    and models that were dropped.
 
     These are the round's updates (the global model holds what they brought), the strategy's state before it, and the
     model that the sites trained from, where another is handed out. The first model is never among them: it may be the
     operator's.
     """
     found = held_for_late(before, first_model=False)
+    if after.dropped is not before.dropped:
+        found |= {
+            r.model for r in after.records if r.round in after.dropped and r.round not in before.dropped
+        }
     goes_on = before.current is None or (
         after.current is not None and after.current.number == before.current.number
     )

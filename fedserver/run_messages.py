@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 from fedcore.round_record import RoundRecord
 from fedcore.v1 import admin_pb2
+from fedserver.model_drops import ranges
 from fedserver.roster import Roster, Session
 from fedserver.round_driver import RunView
 from fedserver.round_state import Round, RunState, Stage
@@ -42,6 +43,7 @@ def run_message(view: RunView, roster: Roster, waiting: str) -> admin_pb2.Run:
         plan_json=state.plan.to_json(),
         best_round=best.round if best is not None else 0,
         submitted_by=submission.submitted_by,
+        models_dropped=ranges(state.dropped) if state.dropped else "",
     )
 
 
@@ -100,8 +102,8 @@ def _site_stage(current: Round | None, stage: Stage, site: str, session: Session
 
 
 def model_message(state: RunState, record: RoundRecord, payload_bytes: int) -> admin_pb2.Model:
-    """One round's global model."""
-    best = state.best
+    """One round's global model. Of one that was dropped there are no bytes."""
+    best, drop = state.best, state.dropped.get(record.round)
     return admin_pb2.Model(
         run=state.run,
         round=record.round,
@@ -110,6 +112,8 @@ def model_message(state: RunState, record: RoundRecord, payload_bytes: int) -> a
         best=best is not None and best.round == record.round,
         card_json=json.dumps(model_card(state, record)),
         impressions_digest=record.impressions_digest,
+        dropped_at=timestamp(drop.at) if drop is not None else "",
+        dropped_reason=drop.reason if drop is not None else "",
     )
 
 

@@ -484,6 +484,7 @@ class Run(_message.Message):
     PLAN_JSON_FIELD_NUMBER: _builtins.int
     BEST_ROUND_FIELD_NUMBER: _builtins.int
     SUBMITTED_BY_FIELD_NUMBER: _builtins.int
+    MODELS_DROPPED_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     name: _builtins.str
     state: _builtins.str
@@ -503,6 +504,8 @@ class Run(_message.Message):
     """The plan as validated, JSON."""
     best_round: _builtins.int
     submitted_by: _builtins.str
+    models_dropped: _builtins.str
+    """Rounds whose model was dropped, "1-3, 7"; empty if none was."""
     @_builtins.property
     def sites(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -534,10 +537,11 @@ class Run(_message.Message):
         plan_json: _builtins.str = ...,
         best_round: _builtins.int = ...,
         submitted_by: _builtins.str = ...,
+        models_dropped: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_round", b"best_round", "finished_at", b"finished_at", "last_round_json", b"last_round_json", "missed", b"missed", "name", b"name", "phase", b"phase", "phase_since", b"phase_since", "plan_json", b"plan_json", "progress", b"progress", "reason", b"reason", "round", b"round", "rounds", b"rounds", "run", b"run", "sites", b"sites", "state", b"state", "strategy", b"strategy", "submitted_at", b"submitted_at", "submitted_by", b"submitted_by"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_round", b"best_round", "finished_at", b"finished_at", "last_round_json", b"last_round_json", "missed", b"missed", "models_dropped", b"models_dropped", "name", b"name", "phase", b"phase", "phase_since", b"phase_since", "plan_json", b"plan_json", "progress", b"progress", "reason", b"reason", "round", b"round", "rounds", b"rounds", "run", b"run", "sites", b"sites", "state", b"state", "strategy", b"strategy", "submitted_at", b"submitted_at", "submitted_by", b"submitted_by"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -621,18 +625,22 @@ class ListModelsRequest(_message.Message):
 
     RUN_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     page_token: _builtins.str
     """As in ListRoundsRequest."""
+    dropped: _builtins.bool
+    """Also those that were dropped."""
     def __init__(
         self,
         *,
         run: _builtins.str = ...,
         page_token: _builtins.str = ...,
+        dropped: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_token", b"page_token", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "page_token", b"page_token", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -672,6 +680,8 @@ class Model(_message.Message):
     BEST_FIELD_NUMBER: _builtins.int
     CARD_JSON_FIELD_NUMBER: _builtins.int
     IMPRESSIONS_DIGEST_FIELD_NUMBER: _builtins.int
+    DROPPED_AT_FIELD_NUMBER: _builtins.int
+    DROPPED_REASON_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     round: _builtins.int
     digest: _builtins.str
@@ -681,6 +691,9 @@ class Model(_message.Message):
     """Architecture, class names, transform, metrics: the model.json that goes beside the file."""
     impressions_digest: _builtins.str
     """Digest of the impressions made after this round; empty if none."""
+    dropped_at: _builtins.str
+    """When (RFC 3339) and why the model was dropped; empty while it is there."""
+    dropped_reason: _builtins.str
     def __init__(
         self,
         *,
@@ -691,10 +704,12 @@ class Model(_message.Message):
         best: _builtins.bool = ...,
         card_json: _builtins.str = ...,
         impressions_digest: _builtins.str = ...,
+        dropped_at: _builtins.str = ...,
+        dropped_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "card_json", b"card_json", "digest", b"digest", "impressions_digest", b"impressions_digest", "payload_bytes", b"payload_bytes", "round", b"round", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "card_json", b"card_json", "digest", b"digest", "dropped_at", b"dropped_at", "dropped_reason", b"dropped_reason", "impressions_digest", b"impressions_digest", "payload_bytes", b"payload_bytes", "round", b"round", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

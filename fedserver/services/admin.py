@@ -2,7 +2,7 @@
 
 import itertools
 import shutil
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from fedcore import tls as _tls  # noqa: F401 - before grpc
 from fedcore.artifact_store import ArtifactStore
 from fedcore.errors import ConflictError, NotFoundError, PlanError, ProtocolError, TransferError
-from fedcore.plan import parse_plan
+from fedcore.plan import Plan, parse_plan
 from fedcore.tensor_file import read_manifest
 from fedcore.text import printable
 from fedcore.v1 import admin_pb2, admin_pb2_grpc, tensor_pb2
@@ -21,6 +21,7 @@ from fedserver.call_audit import note, roles_of_call
 from fedserver.downloads import stream_artifact
 from fedserver.impression_purges import kept, raise_if_purged
 from fedserver.interceptors import caller_of
+from fedserver.model_drops import has_model, raise_if_dropped
 from fedserver.pages import page, token_number
 from fedserver.registry import Registry
 from fedserver.roster import Roster
@@ -54,6 +55,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         started_at: datetime,
         max_upload_bytes: int,
         ca_problems: Callable[[], list[str]],
+        check_quota: Callable[[Plan], Awaitable[None]],
     ) -> None:
         self._driver = driver
         self._roster = roster
@@ -66,6 +68,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self._started_at = started_at
         self._max_upload_bytes = max_upload_bytes
         self._ca_problems = ca_problems
+        self._check_quota = check_quota
 
     async def WhoAmI(  # noqa: N802
         self, request: admin_pb2.WhoAmIRequest, context: Any
@@ -136,6 +139,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         plan = parse_plan(request.plan_toml)
         load_strategy(plan)
         self._check_sites(plan.sites or ())
+        if not self._submitted(request.request_id):
+            await self._check_quota(plan)
         initial = plan.training.initial
         if initial is not None:
             digest = request.initial_digest or self._best_model(initial)
@@ -233,9 +238,9 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     async def ListModels(  # noqa: N802
         self, request: admin_pb2.ListModelsRequest, context: Any
     ) -> admin_pb2.ListModelsReply:
-        """The global model of every finished round; of every run if none is named."""
+        """The global model of every finished round; of every run if none is named. Dropped ones where asked for."""
         views = [self._driver.view(request.run)] if request.run else self._driver.views()
-        models, rest = page(self._models(views, request.page_token), _bytes)
+        models, rest = page(self._models(views, request.page_token, request.dropped), _bytes)
         return admin_pb2.ListModelsReply(models=models, next_page_token=rest)
 
     async def Download(  # noqa: N802
@@ -245,7 +250,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         note(f"artifact/{request.digest}", offset=request.offset)
         states = [view.state for view in self._driver.views()]
         purpose = ""
-        if any(record.model == request.digest for state in states for record in state.records):
+        if any(has_model(state, request.digest) for state in states):
             purpose = "model"
         elif request.digest and any(state.plan.training.initial == request.digest for state in states):
             purpose = "initial model"
@@ -256,6 +261,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                 raise denied(caller_of(context), "may not see impressions", IMPRESSION_ROLES, roles)
         if not purpose:
             raise_if_purged(states, request.digest)
+            raise_if_dropped(states, request.digest)
             raise NotFoundError(f"no model or impressions {request.digest[:64]!r}")
         path = self._store.find(request.digest)
         note(purpose=purpose, bytes=read_manifest(path)[0].payload_bytes)
@@ -279,8 +285,12 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         note(f"artifact/{digest}", purpose="initial model")
         return admin_pb2.UploadModelReply(digest=digest)
 
-    def _models(self, views: list[RunView], token: str) -> Iterator[tuple[str, admin_pb2.Model]]:
-        """Models that are stored, each with its token, "RUN/ROUND"; those that follow `token`, if there is one."""
+    def _models(
+        self, views: list[RunView], token: str, dropped: bool
+    ) -> Iterator[tuple[str, admin_pb2.Model]]:
+        """Models that are stored, and with `dropped` those that were, each with its token, "RUN/ROUND"; those that follow
+        `token`, if there is one.
+        """
         run, _, number = token.rpartition("/")
         after = token_number(number)
         if token:
@@ -288,8 +298,13 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             views = list(itertools.dropwhile(lambda view: view is not last, views))
         for view in views:
             for record in view.state.records:
-                if (view.state.run != run or record.round > after) and record.model in self._store:
-                    size = read_manifest(self._store.path(record.model))[0].payload_bytes
+                if view.state.run == run and record.round <= after:
+                    continue
+                gone = record.round in view.state.dropped
+                shown = dropped if gone else record.model in self._store
+                if shown:
+                    path = self._store.path(record.model)
+                    size = 0 if gone else read_manifest(path)[0].payload_bytes
                     yield f"{view.state.run}/{record.round}", model_message(view.state, record, size)
 
     def _check_sites(self, named: tuple[str, ...]) -> None:
@@ -305,6 +320,11 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                     f"plan: site '{site}' is {known[site].decision}",
                     hint=f"leave it out of 'sites', or let it in again: fedctl site enable {site}",
                 )
+
+    def _submitted(self, request_id: str) -> bool:
+        """Whether this very request has made a run already."""
+        known = (view.submission.request_id for view in self._driver.views())
+        return bool(request_id) and request_id in known
 
     def _best_model(self, run: str) -> str:
         state = self._driver.view(run).state

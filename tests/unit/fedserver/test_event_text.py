@@ -82,6 +82,10 @@ TEXTS: list[tuple[ev.Event, str]] = [
         ev.PurgeConfirmed(at=1, purge="p", site="a", deleted=("d",), audit_head="7:ff"),
         "removed purged impressions: 1 banks were there",
     ),
+    (
+        ev.ModelsDropped(at=1, rounds=(1, 2, 4), reason="storage quota"),
+        "dropped the models of rounds 1-2, 4: storage quota",
+    ),
     (ev.RunFinished(at=1, status="FAILED", reason="no sites"), "FAILED: no sites"),
 ]
 

@@ -22,6 +22,7 @@ from fedserver.drain import Drain
 from fedserver.health_facts import (
     HealthFacts,
     Watched,
+    artifacts_fact,
     ca_fact,
     certificate_fact,
     compute_fact,
@@ -31,6 +32,7 @@ from fedserver.health_facts import (
     journal_fact,
     site_fact,
 )
+from fedserver.model_keeper import Usage
 from fedserver.registry import Registry, enrol
 from fedserver.roster import Roster
 from fedserver.schema import MIGRATIONS
@@ -45,6 +47,10 @@ class Process:
 
     def silent_s(self) -> float:
         return 0.0
+
+
+async def no_quota() -> Usage:
+    return Usage(1 << 30, 1 << 29, None)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +130,12 @@ def test_disk_journal_database_and_drain() -> None:
     usage = shutil.disk_usage("/")
     assert disk_fact(usage._replace(free=3 << 30)).healthy
     assert "disk-full" in disk_fact(usage._replace(free=1 << 30)).hint
+    assert artifacts_fact(Usage(3 * 10**9, 3 * 10**9, None)).says == "3.0 GB, no quota"
+    full = artifacts_fact(Usage(20 * 10**9, 17 * 10**9, 20 * 10**9))
+    assert (full.healthy, full.says) == (True, "20.0 GB of a quota of 20.0 GB (100%); 85% can't be dropped")
+    stuck = artifacts_fact(Usage(19 * 10**9, 18 * 10**9, 20 * 10**9))
+    assert not stuck.healthy
+    assert "disk-full" in stuck.hint
     assert journal_fact(0.0).healthy
     assert not journal_fact(2.5).healthy
     assert not database_fact(3.0).healthy
@@ -146,7 +158,7 @@ def test_the_database_is_written_to_and_one_that_is_locked_is_told(
         Watched(
             database, ArtifactStore(tmp_path / "artifacts"), cast(Any, Process()),
             lambda: cast(Any, authority.issuing), lambda: authority, Registry(database), Roster(clock, 9),
-            lambda: {"fedcore.v1.Admin": True}, lambda: 0.0, lambda: None,
+            lambda: {"fedcore.v1.Admin": True}, lambda: 0.0, lambda: None, no_quota,
         ),
         clock, lambda: NOW,
     )  # fmt: skip

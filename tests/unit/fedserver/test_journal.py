@@ -55,6 +55,7 @@ EVERY_EVENT: list[ev.Event] = [
     ev.ResumeRequested(at=12, by="ann"),
     ev.ImpressionsPurged(at=12, purge="p", rounds=(1,), digests=("i",), sites=("a",), by="ann", reason="r"),
     ev.PurgeConfirmed(at=12, purge="p", site="a", deleted=("i",), audit_head="7:ab"),
+    ev.ModelsDropped(at=12, rounds=(1, 2), reason="ü"),
     ev.RunFinished(at=13, status="ABORTED", reason="r"),
 ]
 

@@ -46,6 +46,7 @@ EVENTS: tuple[ev.Event, ...] = (
         at=1.5, purge="p", rounds=(1, 2), digests=("i", "j"), sites=("a",), by="ann", reason="r"
     ),
     ev.PurgeConfirmed(at=1.5, purge="p", site="a", deleted=("i",), audit_head="7:ab"),
+    ev.ModelsDropped(at=1.5, rounds=(1, 2), reason="r"),
     ev.RunFinished(at=1.5, status="DEGRADED", reason="r"),
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ from fedcore.update_verdict import FoldedUpdate, MergeFigures, UpdateVerdict
 from fedserver import round_events as ev
 from fedserver.impression_purges import banks, in_use, purged_only
 from fedserver.journal import replay
+from fedserver.model_drops import droppable, dropped_only
 from fedserver.round_decisions import Presence, Withheld, World, concerned, decide, waiting_for
 from fedserver.round_machine import (
     Aggregate,
@@ -783,6 +784,8 @@ class RunMachine(RuleBasedStateMachine):
         self.stage_since = 0.0
         self.presence = here("")
         self.counted: dict[int, set[str]] = {}
+        # Models whose files the driver has deleted.
+        self.deleted: set[str] = set()
 
     def try_event(self, event: ev.Event) -> bool:
         before = self.state
@@ -794,6 +797,7 @@ class RunMachine(RuleBasedStateMachine):
         if after.stage is not before.stage:
             self.stage_since = self.now
         self.check_concerned(before, event, after)
+        self.deleted |= {digest for digest in superseded(before, after) if digest[0] in "mr"}
         self.state = after
         self.events.append(event)
         return True
@@ -915,6 +919,13 @@ class RunMachine(RuleBasedStateMachine):
             )
             assert self.try_event(event) is (site not in purge.confirmed)
 
+    @rule(chosen=st.sets(st.integers(1, 3)))
+    def drop(self, chosen: set[int]) -> None:
+        possible = droppable(self.state)
+        event = ev.ModelsDropped(at=self.now, rounds=tuple(sorted(chosen)), reason="quota")
+        assert self.try_event(event) is (bool(chosen) and chosen <= possible.keys())
+        self.settle()
+
     @rule(works=st.booleans())
     def score(self, works: bool) -> None:
         wanted = [c for c in work(self.state) if isinstance(c, ScoreUpdates)]
@@ -928,10 +939,13 @@ class RunMachine(RuleBasedStateMachine):
         assert self.try_event(event) is bool(wanted)
         self.settle()
 
-    @rule(site=st.sampled_from(SITES))
-    def evaluation(self, site: str) -> None:
+    @rule(site=st.sampled_from(SITES), validated=st.integers(0, 4))
+    def evaluation(self, site: str, validated: int) -> None:
         number = self.state.current.number if self.state.current else 1
-        metrics = (ev.Metrics(split="test", num_examples=4, num_correct=2, loss_sum=1.0),)
+        metrics = (
+            ev.Metrics(split="test", num_examples=4, num_correct=2, loss_sum=1.0),
+            ev.Metrics(split="validation", num_examples=4, num_correct=validated, loss_sum=1.0),
+        )
         self.try_event(ev.EvaluationReported(at=self.now, round=number, site=site, metrics=metrics))
         self.settle()
 
@@ -993,6 +1007,21 @@ class RunMachine(RuleBasedStateMachine):
                 assert command.impressions not in gone
             if isinstance(command, Synthesise):
                 assert command.previous not in gone
+
+    @invariant()
+    def what_is_dropped_is_neither_the_best_nor_the_last_nor_needed(self) -> None:
+        state = self.state
+        gone = {record.model for record in state.records if record.round in state.dropped}
+        assert not gone & needed(state)
+        assert gone <= self.deleted, "its file is gone at once"
+        assert dropped_only([state]).keys() == gone
+        if state.best is not None:
+            assert not {state.best.round, state.records[-1].round} & state.dropped.keys()
+        for command in work(state):
+            late = [arrival.model for arrival in command.late] if isinstance(command, Aggregate) else []
+            names = ("model", "last_model", "released")
+            asked = {getattr(command, name, None) for name in names} | set(late)
+            assert not asked & self.deleted
 
     @invariant()
     def every_finished_round_is_whole_and_counted_once(self) -> None:

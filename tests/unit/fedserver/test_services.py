@@ -90,8 +90,8 @@ def admin(driver: Driver, store: ArtifactStore) -> AdminService:
     roster = Roster(ManualClock(), 9)
     nothing = cast(Any, None)
     return AdminService(
-        cast(Any, driver), roster, nothing, nothing, "lab", store, nothing, nothing, nothing, 1 << 30, list
-    )
+        cast(Any, driver), roster, nothing, nothing, "lab", store, nothing, nothing, nothing, 1 << 30, list, nothing
+    )  # fmt: skip
 
 
 async def pages(call: Any, make: Any, **fields: Any) -> list[Any]:

@@ -1,0 +1,97 @@
+"""Gives up models that a plan does not keep, and those that the storage quota has no room for."""
+
+import asyncio
+from dataclasses import dataclass
+
+import structlog
+
+from fedcore.artifact_store import ArtifactStore
+from fedcore.audit import Fact, Value
+from fedcore.audit_store import AuditLog
+from fedcore.errors import ConflictError, FedimpresError
+from fedserver import round_events as ev
+from fedserver.model_drops import ToDrop, fixed_bytes, given_up, ranges, to_free
+from fedserver.round_driver import RoundDriver
+from fedserver.round_state import RunState
+
+# Looks follow changes of runs: not more often than the first, and sometimes without.
+_PAUSE_S = 1.0
+_IDLE_S = 60.0
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What artifacts take, how much of it no drop would free, and what they may take; None without a quota."""
+
+    used_bytes: int
+    fixed_bytes: int
+    quota_bytes: int | None
+
+    @property
+    def room_bytes(self) -> int | None:
+        """What the quota leaves beside that which can't be dropped, negative if that is over it; None without one."""
+        return None if self.quota_bytes is None else self.quota_bytes - self.fixed_bytes
+
+
+class ModelKeeper:
+    """Posts `ModelsDropped`; the driver journals it and deletes the files. `quota_bytes` is None for no quota."""
+
+    def __init__(
+        self, driver: RoundDriver, store: ArtifactStore, audit: AuditLog, quota_bytes: int | None
+    ) -> None:
+        self._driver = driver
+        self._store = store
+        self._audit = audit
+        self._quota_bytes = quota_bytes
+        self._full = False
+
+    async def usage(self) -> Usage:
+        """What artifacts take now."""
+        sizes = await asyncio.to_thread(self._store.sizes)
+        return Usage(sum(sizes.values()), fixed_bytes(self._states(), sizes), self._quota_bytes)
+
+    async def serve(self) -> None:
+        """Look after every change, until cancelled. What fails is logged and tried again."""
+        while True:
+            try:
+                await self.look()
+            except FedimpresError as error:
+                log.error("models can't be dropped", error=str(error))
+            await self._driver.wait_changed(_IDLE_S)
+            await asyncio.sleep(_PAUSE_S)
+
+    async def look(self) -> None:
+        """Drop what is to go now. Raises StorageError."""
+        for found in [todo for state in self._states() if (todo := given_up(state)) is not None]:
+            await self._drop(found)
+        if self._quota_bytes is None:
+            return
+        sizes = await asyncio.to_thread(self._store.sizes)
+        states = self._states()
+        full = fixed_bytes(states, sizes) > self._quota_bytes
+        if full and not self._full:
+            log.warning(
+                "artifacts stay over the storage quota: the rest can't be dropped",
+                quota_bytes=self._quota_bytes,
+            )
+        self._full = full
+        for found in to_free(states, sizes, self._quota_bytes):
+            await self._drop(found)
+
+    async def _drop(self, found: ToDrop) -> None:
+        event = ev.ModelsDropped(at=self._driver.wall(), rounds=found.rounds, reason=found.reason)
+        try:
+            await self._driver.post(found.run, event)  # which logs it
+        except ConflictError as error:
+            log.info("models are needed after all", run=found.run, error=error.message)
+            return
+        detail: dict[str, Value] = {
+            "rounds": ranges(found.rounds),
+            "models": len(found.rounds),
+            "reason": found.reason,
+        }
+        await self._audit.record(Fact("models.drop", "coordinator", object=f"run/{found.run}", detail=detail))
+
+    def _states(self) -> list[RunState]:
+        return [view.state for view in self._driver.views()]
