@@ -142,7 +142,9 @@ def test_the_agents_log_is_read_only_where_the_site_shares_it(federation: Federa
     assert federation.wait(run).state == "DONE"
     # The run may be over, and the site told to stop, before it has heard that its update arrived.
     lines = ctl("site", "logs", SHARING, "--lines", "1000")["lines"]
-    begun = [line["fields"] for line in lines if line["event"] == "task begins" and line["fields"]["run"] == run]
+    begun = [
+        line["fields"] for line in lines if line["event"] == "task begins" and line["fields"]["run"] == run
+    ]
     assert begun[0]["round"] == "1"
     assert str(federation.root) not in json.dumps(lines)
     assert len(ctl("site", "logs", SHARING, "-n", "1")["lines"]) == 1
