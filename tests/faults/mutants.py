@@ -79,7 +79,7 @@ def _confirm_early(module: Any) -> None:
 
     async def early(journal: Any, events: Any) -> None:
         async def write() -> None:
-            await asyncio.sleep(2)
+            await asyncio.sleep(6)
             await append(journal, events)
 
         journal.late = [*getattr(journal, "late", []), asyncio.create_task(write())]
