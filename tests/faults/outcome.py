@@ -81,6 +81,7 @@ class References:
 
 def accepted(federation: ChaosFederation, run: str) -> Participants:
     """Whose updates are in the model, round by round."""
+    wait_until(lambda: "run_finished" in federation.journal(run), "the journal holds the end")
     return tuple(tuple(event["accepted"]) for event in federation.events(run, "aggregation_finished"))
 
 
