@@ -32,6 +32,7 @@ from fedcore.credential import load_credential, split_address
 from fedcore.errors import ConfigError, FedimpresError, ForeignCertificateError
 from fedcore.home_lock import HomeLock
 from fedcore.logs import configure_logs
+from fedcore.memory import use_one_malloc_arena
 from fedcore.metrics_port import Page, metrics_port
 from fedcore.service_manager import ServiceManager
 from fedcore.v1 import federation_pb2
@@ -48,6 +49,7 @@ def run(home: Path, data: Path | None, lifeline: int | None) -> int:
     policy = load_policy(places.policy)
     ring = LogRing()
     configure_logs(config.log_level, keep=ring)
+    use_one_malloc_arena()
     with HomeLock(places.lock):
         return asyncio.run(_serve(places, config, policy, SharedLog(ring, policy), lifeline))
 

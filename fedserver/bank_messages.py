@@ -45,7 +45,7 @@ def with_findings(
     if message.state == "stored" and (summary := _summary(store, message.digest)) is not None:
         for born, count in summary.born.items():
             message.born.add(round=max(0, born), num_images=count)
-    for record in state.records:
+    for record in (finished.record() for finished in state.records):
         if record.round == number:
             message.figures.update(record.impressions.figures)
             message.note = record.impressions.note

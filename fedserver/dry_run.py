@@ -89,7 +89,7 @@ class DryRun:
             Past(
                 view.state.run,
                 view.state.plan,
-                view.state.records[-NEWEST:],
+                tuple(finished.record() for finished in view.state.records[-NEWEST:]),
                 self._journal.newest(view.state.run, KINDS, _EVENTS),
             )
             for view in views

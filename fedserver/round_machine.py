@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from fedcore.errors import ConflictError
-from fedcore.round_record import RoundRecord
 from fedserver import round_events as ev
+from fedserver.finished_round import FinishedRound
 from fedserver.impression_purges import apply_purge
 from fedserver.model_drops import apply_drop
 from fedserver.round_state import Round, RunState, Stage, Status, Straggler, Update, with_item
@@ -490,6 +490,6 @@ def _finish_round(state: RunState, event: ev.RoundFinished) -> RunState:
         current=None,
         attempts=0,
         missed=with_item(state.missed, event.round, missed) if missed else state.missed,
-        records=(*state.records, RoundRecord.model_validate_json(event.record_json)),
+        records=(*state.records, FinishedRound.of(event.record_json)),
     )
     return _to_opening(after)

@@ -7,8 +7,8 @@ from types import MappingProxyType
 from typing import TypeVar, cast
 
 from fedcore.plan import Plan
-from fedcore.round_record import RoundRecord
 from fedcore.update_verdict import FoldedUpdate, MergeFigures, UpdateVerdict
+from fedserver.finished_round import FinishedRound
 from fedserver.round_events import Metrics, Report, UpdatesScored
 
 K = TypeVar("K")
@@ -233,7 +233,7 @@ class RunState:
     pause_requested: bool = False
     # Sites that each finished round expected and did not aggregate.
     missed: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
-    records: tuple[RoundRecord, ...] = ()
+    records: tuple[FinishedRound, ...] = ()
     purges: tuple[Purge, ...] = ()
     # Finished rounds whose model was dropped.
     dropped: Mapping[int, Drop] = field(default_factory=dict)
@@ -282,7 +282,7 @@ class RunState:
         return None
 
     @property
-    def best(self) -> RoundRecord | None:
+    def best(self) -> FinishedRound | None:
         """The finished round with the best validation accuracy, the earlier of equals; never chosen on test data.
 
         Without any validation figure, the last round.

@@ -39,7 +39,7 @@ def run_message(view: RunView, roster: Roster, waiting: str) -> admin_pb2.Run:
         submitted_at=submission.submitted_at,
         finished_at=timestamp(state.finished_at),
         missed=[admin_pb2.MissedRound(round=n, sites=sites) for n, sites in sorted(state.missed.items())],
-        last_round_json=state.records[-1].model_dump_json() if state.records else "",
+        last_round_json=state.records[-1].record_json() if state.records else "",
         plan_json=state.plan.to_json(),
         best_round=best.round if best is not None else 0,
         submitted_by=submission.submitted_by,

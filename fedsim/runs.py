@@ -20,6 +20,7 @@ from fedcore.errors import ConflictError, StorageError
 from fedcore.plan import Plan
 from fedcore.round_record import RoundRecord
 from fedcore.version import software_version
+from fedserver.finished_round import FinishedRound
 from fedserver.round_events import Event
 from fedsim.attacks import Attack
 from fedsim.identity import FORGETTING_ROUNDS, config_hash
@@ -194,7 +195,7 @@ def _collect(
         plan=plan,
         state=str(state.status),
         reason=state.reason,
-        records=list(state.records),
+        records=[finished.record() for finished in state.records],
         best_round=best.round if best is not None else None,
         model=_keep(outcome, last, folder / "model.safetensors"),
         model_digest=last.model if last is not None else "",
@@ -210,7 +211,7 @@ def _collect(
     )
 
 
-def _keep(outcome: Outcome, record: RoundRecord | None, target: Path) -> Path | None:
+def _keep(outcome: Outcome, record: FinishedRound | None, target: Path) -> Path | None:
     if record is None:
         return None
     shutil.copyfile(outcome.models[record.round], target)

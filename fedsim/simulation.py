@@ -160,7 +160,7 @@ class Simulation:
                 if event.round >= self._first_measured:
                     self._forgetting[event.round] = self._meter.close()
             case ev.RoundFinished():
-                record = self._state.records[-1]
+                record = self._state.records[-1].record()
                 if self._on_round is not None:
                     self._on_round(record, self._store.find(record.model))
                 self._discard()

@@ -231,7 +231,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         """Records of the finished rounds."""
         after = token_number(request.page_token)
         records = self._driver.view(request.run).state.records
-        lines = ((str(r.round), r.model_dump_json()) for r in records if r.round > after)
+        lines = ((str(r.round), r.record_json()) for r in records if r.round > after)
         found, rest = page(lines, lambda line: len(line.encode()))
         return admin_pb2.ListRoundsReply(records_json=found, next_page_token=rest)
 
@@ -305,7 +305,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                 if shown:
                     path = self._store.path(record.model)
                     size = 0 if gone else read_manifest(path)[0].payload_bytes
-                    yield f"{view.state.run}/{record.round}", model_message(view.state, record, size)
+                    yield f"{view.state.run}/{record.round}", model_message(view.state, record.record(), size)
 
     def _check_sites(self, named: tuple[str, ...]) -> None:
         """Raise PlanError unless all sites that a plan names may be asked."""

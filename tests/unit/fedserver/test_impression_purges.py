@@ -105,7 +105,7 @@ def test_the_bank_of_a_round_that_is_not_over_can_go() -> None:
     make(story, 2)
     story.tell(purge(story.state, 1, 2))
     story.follow(world())
-    record = story.state.records[-1]
+    record = story.state.records[-1].record()
     assert (record.impressions_digest, record.impressions.made) == ("", 0)
     assert record.impressions.note == "purged by olga: a face"
     assert banks(story.state) == {1: "i1", 2: "i2"}
@@ -169,10 +169,15 @@ def with_record(state: RunState, *digests: str) -> RunState:
     from dataclasses import replace
 
     from fedcore.round_record import RoundRecord
+    from fedserver.finished_round import FinishedRound
 
     counts = {"expected": 2, "registered": 2, "started": 2, "reported": 2, "aggregated": 2}
     records = tuple(
-        RoundRecord(round=n, accuracy=None, balanced_accuracy=None, impressions_digest=d, **counts)
+        FinishedRound.of(
+            RoundRecord(
+                round=n, accuracy=None, balanced_accuracy=None, impressions_digest=d, **counts
+            ).model_dump_json()
+        )
         for n, d in enumerate(digests, start=1)
     )
     return replace(

@@ -9,6 +9,7 @@ from fedcore.errors import ConflictError, NotFoundError, PlanError
 from fedcore.plan import Plan, validate_plan
 from fedcore.round_record import RoundRecord
 from fedserver import round_events as ev
+from fedserver.finished_round import FinishedRound
 from fedserver.model_drops import (
     ToDrop,
     apply_drop,
@@ -37,10 +38,10 @@ def make_run(
 ) -> RunState:
     """A run whose rounds left these models, a letter each; the `best` of them by validation."""
     records = tuple(
-        RoundRecord(
+        FinishedRound.of(RoundRecord(
             round=n, expected=1, registered=1, started=1, reported=1, aggregated=1, accuracy=None,
             balanced_accuracy=None, validation_accuracy=0.9 if n == best else 0.5, model=model,
-        )
+        ).model_dump_json())
         for n, model in enumerate(models, start=1)
     )  # fmt: skip
     state = RunState(

@@ -140,7 +140,7 @@ def test_an_undisturbed_run_ends_done() -> None:
     assert {type(c) for c in work(story.state)} == {Evaluate}
     story.evaluate("abc")
     assert story.follow(world()) == ["round_finished", "round_opened"]
-    record = story.state.records[0]
+    record = story.state.records[0].record()
     assert (record.expected, record.registered, record.started, record.reported, record.aggregated) == (
         3,
         3,
@@ -210,7 +210,7 @@ def test_a_stalled_site_is_let_go_and_the_run_ends_degraded_naming_it() -> None:
     story.aggregate("ab")
     story.evaluate("ab")
     story.follow(world(22, here("abc"), 22))
-    assert story.state.records[0].missing == {"c": "no progress for 21 s"}
+    assert story.state.records[0].record().missing == {"c": "no progress for 21 s"}
     story.whole_round(2)
     assert story.state.status is Status.DEGRADED
     assert "c in round 1" in story.state.reason
@@ -296,7 +296,7 @@ def test_the_gates_verdicts_are_in_the_record_those_of_a_failed_attempt_too() ->
     )
     story.evaluate("abc")
     story.follow(around)
-    (record,) = story.state.records
+    (record,) = (finished.record() for finished in story.state.records)
     assert record.gate == {"a": passed, "b": passed, "c": passed}
     assert record.merge == figures
 
@@ -314,7 +314,7 @@ def test_impressions_are_made_beside_the_evaluation_and_reach_the_next_round() -
     assert story.follow(world()) == []
     story.tell(ev.SynthesisFinished(at=4, round=1, impressions="i1", made=8))
     assert story.follow(world()) == ["round_finished", "round_opened"]
-    assert story.state.records[0].impressions.made == 8
+    assert story.state.records[0].record().impressions.made == 8
     assert all(c.impressions == "i1" for c in work(story.state) if isinstance(c, Train))
 
 
@@ -377,7 +377,7 @@ def test_failed_synthesis_costs_the_impressions_and_not_the_round() -> None:
     story.evaluate("abc")
     story.tell(ev.SynthesisFinished(at=4, round=1, impressions=None, made=0, note="loss is NaN"))
     assert story.follow(world()) == ["round_finished", "round_opened"]
-    assert story.state.records[0].impressions.note == "loss is NaN"
+    assert story.state.records[0].record().impressions.note == "loss is NaN"
 
 
 def test_pause_takes_effect_after_the_round_and_resume_goes_on() -> None:
@@ -492,7 +492,7 @@ def test_a_disabled_site_is_let_go_at_once_and_named() -> None:
     assert story.follow(world(1.0, with_withheld(DISABLED, connected=False), 1.0)) == [
         "round_finished", "round_opened",
     ]  # fmt: skip
-    assert story.state.records[0].missing == {"c": DISABLED.reason}
+    assert story.state.records[0].record().missing == {"c": DISABLED.reason}
     assert dict(story.state.current.absent) == {"c": DISABLED.reason}
 
 
@@ -516,7 +516,7 @@ def test_a_draining_site_finishes_its_round_and_is_not_asked_for_the_next() -> N
     story.aggregate("abc")
     story.evaluate("abc")
     assert story.follow(world(1.0, with_withheld(DRAINING), 1.0)) == ["round_finished", "round_opened"]
-    assert story.state.records[0].missing == {}
+    assert story.state.records[0].record().missing == {}
     assert story.state.current is not None
     assert story.state.current.registered == ("a", "b")
     assert dict(story.state.current.absent) == {"c": DRAINING.reason}
@@ -640,7 +640,7 @@ def test_impressions_that_serve_the_whole_run_are_made_once() -> None:
         story.follow(world())
     assert story.state.status is Status.DONE
     assert story.state.impressions == "i1"
-    assert story.state.records[0].impressions.figures == {"fresh": 4}
+    assert story.state.records[0].record().impressions.figures == {"fresh": 4}
 
 
 def test_events_of_an_older_journal_are_read() -> None:
@@ -686,10 +686,10 @@ def test_updates_that_passed_the_gate_are_scored_beside_the_evaluation() -> None
     scored = ev.UpdatesScored(at=9, round=1, class_totals=(2, 2, 0), before=(2, 1, 0), after={"a": (0, 2, 0)})
     story.tell(scored)
     assert story.follow(world()) == ["round_finished", "round_opened"]
-    scores = story.state.records[0].update_scores
+    scores = story.state.records[0].record().update_scores
     assert scores is not None
     assert scores.forgetting == {"a": 0.5}
-    assert story.state.records[0].phases_s["evaluating"] == 7.0
+    assert story.state.records[0].record().phases_s["evaluating"] == 7.0
     with pytest.raises(ConflictError, match="not under way"):
         story.tell(scored)
 
@@ -708,7 +708,7 @@ def test_scoring_that_failed_costs_the_scores_and_not_the_round() -> None:
     story.evaluate("abc")
     story.follow(world())
     assert story.state.status is Status.DONE
-    scores = story.state.records[0].update_scores
+    scores = story.state.records[0].record().update_scores
     assert scores is not None
     assert (scores.note, scores.mean_forgetting) == ("updates not scored: own.npz is gone", None)
 
@@ -716,7 +716,7 @@ def test_scoring_that_failed_costs_the_scores_and_not_the_round() -> None:
 def test_a_plan_without_images_asks_for_no_scores_and_takes_none() -> None:
     story = Story()
     story.whole_round(1)
-    assert story.state.records[0].update_scores is None
+    assert story.state.records[0].record().update_scores is None
     for site in "abc":
         story.report(site, 2)
     story.follow(world(100.0, stage_since=100.0))
@@ -1026,7 +1026,7 @@ class RunMachine(RuleBasedStateMachine):
     @invariant()
     def every_finished_round_is_whole_and_counted_once(self) -> None:
         assert [r.round for r in self.state.records] == list(range(1, self.state.finished + 1))
-        for record in self.state.records:
+        for record in (finished.record() for finished in self.state.records):
             assert self.plan.min_sites <= record.aggregated <= record.expected
             assert record.aggregated <= len(self.counted[record.round])
             assert len(record.missing) == record.expected - record.aggregated
@@ -1112,7 +1112,7 @@ class FoldingMachine(RunMachine):
     def no_update_is_counted_twice(self) -> None:
         """An update is in its own round's model or folded into a later one, once."""
         counted = []
-        for record in self.state.records:
+        for record in (finished.record() for finished in self.state.records):
             counted += [(record.round, site) for site in record.gate if record.gate[site].passed]
             counted += [(late.round, site) for site, late in record.folded.items()]
             missing = set(record.missing)

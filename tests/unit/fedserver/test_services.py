@@ -20,6 +20,7 @@ from fedcore.round_record import RoundRecord
 from fedcore.tensor_file import TensorManifest, TensorSpec
 from fedcore.v1 import admin_pb2, federation_pb2
 from fedserver import round_events as ev
+from fedserver.finished_round import FinishedRound
 from fedserver.journal import Submission
 from fedserver.roster import Roster, Session
 from fedserver.round_driver import RunView
@@ -75,10 +76,10 @@ def stored(store: ArtifactStore) -> str:
 
 def view_of(run: str, digest: str, rounds: int, note: str = "") -> RunView:
     records = tuple(
-        RoundRecord(
+        FinishedRound.of(RoundRecord(
             round=n, expected=1, registered=1, started=1, reported=1, aggregated=1, accuracy=None,
             balanced_accuracy=None, balanced_accuracy_note=note, model=digest,
-        )
+        ).model_dump_json())
         for n in range(1, rounds + 1)
     )  # fmt: skip
     state = RunState(run, PLAN, records=records)

@@ -147,12 +147,12 @@ def test_a_late_update_goes_into_the_next_aggregation_once() -> None:
     story.evaluate()
     story.follow()
     assert "u-d-1" in superseded(before, story.state)
-    record = story.state.records[1]
+    record = story.state.records[1].record()
     assert record.folded == {"d": FoldedUpdate(round=1, share=0.5, verdict=PASSED)}
     assert record.bytes_up == 4 * 8
     assert story.asked() == dict.fromkeys(SITES, 3)
     assert story.round(3, "abcd").late == ()
-    assert [r.folded for r in story.state.records] == [{}, record.folded, {}]
+    assert [r.record().folded for r in story.state.records] == [{}, record.folded, {}]
 
 
 def test_an_update_that_comes_while_its_round_is_merged_waits_for_the_next() -> None:
@@ -284,7 +284,7 @@ def test_a_site_that_fails_again_and_again_is_parked_and_comes_back_by_itself() 
         assert story.asked() == dict.fromkeys("abc", number), "nobody waits for it"
         assert story.state.parked["d"].reason == reason
         story.round(number, "abc")
-        assert story.state.records[-1].missing == {"d": f"not there when the round opened: {reason}"}
+        assert story.state.records[-1].record().missing == {"d": f"not there when the round opened: {reason}"}
     assert story.state.parked == {}
     assert story.asked() == dict.fromkeys(SITES, 5)
     story.round(5, "abc", failing="d")
