@@ -72,7 +72,7 @@ def _legend(axis: Any, found: dict[str, Any], colours: dict[str, Any]) -> None:
     axis.plot([], [], color="black", linestyle="--", label="least squares, after the warm-up")
     axis.legend(loc="upper left", frameon=False, fontsize=8)
     lines = [
-        f"{row['process']}: {row['slope_per_hour']:+.1f} ± {row['error_per_hour']:.1f} {unit} an hour"
+        f"{row['process']}: {row['slope_per_hour']:+.1f} ± {row['within_per_hour']:.1f} {unit} an hour"
         for measure, unit in (("rss_mb", "MB"), ("descriptors", "descriptors"))
         for row in found["growth"]
         if row["measure"] == measure

@@ -23,9 +23,9 @@ def test_a_straight_line_is_found_as_it_is():
     assert line is not None
     assert (line.warmup_s, line.seconds) == (300, 1495)
     assert line.slope_per_hour == pytest.approx(60)
-    assert line.error_per_hour == pytest.approx(0, abs=1e-6)
-    assert line.total == pytest.approx(1495 / 60)
-    assert not line.flat
+    assert line.within_per_hour == pytest.approx(0, abs=1e-6)
+    assert (line.total, line.hidden) == pytest.approx((1495 / 60, 1495 / 60))
+    assert line.verdict == "rises"
 
 
 @pytest.mark.parametrize("leak_mb_per_min", [0.2, -0.2, 1.0])
@@ -40,6 +40,35 @@ def test_noise_is_flat_and_so_is_what_grows_less_than_the_floor():
         line = growth(TIMES, values, floor=floor)
         assert line is not None
         assert line.flat
+
+
+def like_the_minute_before(scale: float, seed: int) -> np.ndarray:
+    """Noise whose samples resemble those of the last minute, as memory does that follows the kind of run."""
+    draw, kept = np.random.default_rng(seed), np.exp(-5 / 60)
+    fresh = draw.normal(0, scale * np.sqrt(1 - kept**2), len(TIMES))
+    found = [draw.normal(0, scale)]
+    for change in fresh[1:]:
+        found.append(kept * found[-1] + change)
+    return np.array(found)
+
+
+@pytest.mark.parametrize("leak_mb_per_min", [0.0, 0.2])
+def test_the_interval_holds_the_true_slope_as_often_as_it_says(leak_mb_per_min):
+    truth = 60 * leak_mb_per_min
+    held = 0
+    for seed in range(200):
+        line = growth(TIMES, 100 + leak_mb_per_min * TIMES / 60 + like_the_minute_before(3, seed))
+        assert line is not None
+        held += abs(line.slope_per_hour - truth) <= line.within_per_hour
+    assert held >= 184, "95 of 100, less what 200 draws leave to chance"
+
+
+def test_noise_that_could_hide_a_leak_is_not_called_flat():
+    line = growth(TIMES, 100 + like_the_minute_before(20, 1))
+    assert line is not None
+    assert line.verdict == "can't tell"
+    assert line.hidden > 5
+    assert not line.flat
 
 
 def test_a_descriptor_in_ten_minutes_is_found():
