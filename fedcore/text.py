@@ -1,5 +1,7 @@
 """Text made fit to be sent, kept and shown: it may come from a file system, or from the other side of a connection."""
 
+from collections.abc import Collection
+from itertools import pairwise
 from typing import Any
 
 
@@ -33,3 +35,13 @@ def wire_value(value: Any) -> Any:
     if isinstance(value, dict):
         return {wire_text(key): wire_value(item) for key, item in value.items()}
     return value
+
+
+def ranges(numbers: Collection[int]) -> str:
+    """Numbers as people write them, "1-3, 7"; "none" if there are none."""
+    ordered = sorted(numbers)
+    if not ordered:
+        return "none"
+    starts = [ordered[0], *(b for a, b in pairwise(ordered) if b != a + 1)]
+    ends = [*(a for a, b in pairwise(ordered) if b != a + 1), ordered[-1]]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

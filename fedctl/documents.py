@@ -36,6 +36,7 @@ def run_document(run: "admin_pb2.Run") -> dict[str, Any]:
         ],
         "missed": [{"round": missed.round, "sites": list(missed.sites)} for missed in run.missed],
         "best_round": run.best_round or None,
+        "models_dropped": run.models_dropped or None,
         "submitted_at": run.submitted_at or None,
         "submitted_by": run.submitted_by or None,
         "finished_at": run.finished_at or None,
@@ -72,13 +73,15 @@ def site_document(site: "admin_pb2.Site") -> dict[str, Any]:
 
 
 def model_document(model: "admin_pb2.Model") -> dict[str, Any]:
-    """A model of a run, with its card (architecture, class names, transform, metrics)."""
+    """A model of a run, with its card (architecture, class names, transform, metrics). One that was dropped has no bytes."""
     return {
         "run": model.run,
         "round": model.round,
         "digest": model.digest,
-        "bytes": model.payload_bytes,
+        "bytes": None if model.dropped_at else model.payload_bytes,
         "best": model.best,
+        "dropped_at": model.dropped_at or None,
+        "dropped_reason": model.dropped_reason or None,
         "impressions_digest": model.impressions_digest or None,
         "card": json.loads(model.card_json) if model.card_json else None,
     }

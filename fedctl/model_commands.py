@@ -14,11 +14,22 @@ import typer
 from fedcore.digest import file_digest
 from fedcore.errors import DigestMismatchError, NotFoundError, StorageError, UsageError
 from fedcore.tensor_file import read_manifest
+from fedcore.text import ranges
 from fedctl.admin import Admin, open_admin
 from fedctl.completion import RunArgument
 from fedctl.documents import model_document
 from fedctl.durations import format_bytes
-from fedctl.render import Column, Output, OutputOption, console, note, percent, print_object, print_rows
+from fedctl.render import (
+    Column,
+    Output,
+    OutputOption,
+    console,
+    minute,
+    note,
+    percent,
+    print_object,
+    print_rows,
+)
 
 if TYPE_CHECKING:
     from fedcore.v1 import admin_pb2
@@ -34,20 +45,23 @@ app = typer.Typer(no_args_is_help=True, help="The models that runs have made.")
 
 @app.command("list")
 def list_command(ctx: typer.Context, run: RunArgument, output: OutputOption = Output.TABLE) -> None:
-    """List the models of a run, one a finished round."""
+    """List the models of a run, one a finished round, with those that were dropped to save disk."""
     with open_admin(ctx) as admin:
         rows = [model_document(model) for model in list_models(admin, run)]
     if output is Output.TABLE:
         for row in rows:
             metrics = (row["card"] or {}).get("metrics") or {}
-            row["size"] = format_bytes(row["bytes"])
+            row["size"] = "" if row["bytes"] is None else format_bytes(row["bytes"])
             row["accuracy"] = percent(metrics.get("accuracy"))
             row["digest"] = row["digest"][:_DIGEST_DIGITS]
             row["best"] = "best" if row["best"] else " "
+            row["dropped"] = minute(row["dropped_at"]) or " "
     columns = [
         Column("ROUND", "round", True), Column("BEST", "best"), Column("ACCURACY", "accuracy", True),
         Column("SIZE", "size", True), Column("DIGEST", "digest"),
     ]  # fmt: skip
+    if any(row["dropped_at"] for row in rows):
+        columns += [Column("DROPPED", "dropped"), Column("WHY", "dropped_reason", wraps=True)]
     print_rows(output, "models", rows, columns, empty="no model yet: no round has finished")
 
 
@@ -65,7 +79,9 @@ def download(
     transform).
     """
     with open_admin(ctx) as admin:
-        model = choose_model(list_models(admin, run), run, round_)
+        models = list_models(admin, run)
+        model = choose_model(models, run, round_)
+        _check_there(model, models)
         fetch_model(admin, model, out)
     document = {
         "run": model.run,
@@ -136,13 +152,13 @@ def verified(path: Path) -> dict[str, object]:
 
 
 def list_models(admin: Admin, run: str) -> list["admin_pb2.Model"]:
-    """The models of a run, by round. Raises NotFoundError."""
+    """The models of a run, by round, dropped ones too. Raises NotFoundError."""
     from fedcore.v1 import admin_pb2
 
     models: list[admin_pb2.Model] = []
     token = None
     while token != "":
-        request = admin_pb2.ListModelsRequest(run=run, page_token=token or "")
+        request = admin_pb2.ListModelsRequest(run=run, page_token=token or "", dropped=True)
         reply = admin.call(lambda stub: stub.ListModels, request)
         models += reply.models
         token = reply.next_page_token
@@ -167,6 +183,17 @@ def choose_model(models: list["admin_pb2.Model"], run: str, choice: str) -> "adm
     raise NotFoundError(
         f"run {run} has no model of round {choice}", hint=f"it has rounds up to {models[-1].round}"
     )
+
+
+def _check_there(model: "admin_pb2.Model", models: list["admin_pb2.Model"]) -> None:
+    """Raise NotFoundError that says when and why, if the model was dropped."""
+    if model.dropped_at:
+        there = ranges([other.round for other in models if not other.dropped_at])
+        raise NotFoundError(
+            f"run {model.run}: the model of round {model.round} was dropped at {model.dropped_at}: "
+            f"{model.dropped_reason}",
+            hint=f"rounds whose model is there: {there}",
+        )
 
 
 def fetch_model(admin: Admin, model: "admin_pb2.Model", out: Path) -> None:

@@ -244,6 +244,8 @@ def _print_run(output: Output, run: "admin_pb2.Run") -> None:
         ("submitted", f"{document['submitted_at']} by {document['submitted_by']}"),
         ("finished", document["finished_at"]),
     ]
+    if document["models_dropped"]:
+        lines.append(("models dropped", f"rounds {document['models_dropped']}"))
     lines += [(f"missed in round {m['round']}", m["sites"]) for m in document["missed"]]
     for site in document["progress"]:
         count = f" {site['done']}/{site['total']}" if site["total"] else ""

@@ -37,7 +37,8 @@ _LOOK_EVERY_S = 0.5
 def health(ctx: typer.Context, output: OutputOption = Output.TABLE) -> None:
     """Show what is true of each part of the coordinator. Exit code: 0 healthy, 8 degraded, 3 not reachable.
 
-    Looked at: every service, the database (it is written to), the journal's lag, disk space, the compute process,
+    Looked at: every service, the database (it is written to), the journal's lag, disk space, what artifacts take of
+    the storage quota, the compute process,
     the days that certificate and CAs have left, each enabled site's last contact, a drain.
     """
     from fedcore.v1 import operations_pb2

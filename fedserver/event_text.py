@@ -1,10 +1,10 @@
 """What happened to a run, in words: one line an event, with its reason. Pure."""
 
 from fedcore.round_record import RoundRecord
+from fedcore.text import ranges
 from fedcore.v1 import operations_pb2
 from fedserver import round_events as ev
 from fedserver.journal import Submission
-from fedserver.model_drops import ranges
 from fedserver.run_messages import timestamp
 
 

@@ -4,12 +4,12 @@ A drop is a fact of the run (`ModelsDropped`), so a replayed journal knows that 
 and the last model, what a run under way can still ask for, and what another run started from.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from types import MappingProxyType
 
 from fedcore.errors import ConflictError, NotFoundError
+from fedcore.text import ranges
 from fedserver import round_events as ev
 from fedserver.impression_purges import rfc3339_s
 from fedserver.round_state import Drop, RunState, undroppable
@@ -127,13 +127,3 @@ def raise_if_dropped(states: Iterable[RunState], digest: str) -> None:
                     f"{drop.reason}",
                     hint=f"rounds whose model is there: {ranges(there)}",
                 )
-
-
-def ranges(numbers: Collection[int]) -> str:
-    """Numbers as people write them, "1-3, 7"; "none" if there are none."""
-    ordered = sorted(numbers)
-    if not ordered:
-        return "none"
-    starts = [ordered[0], *(b for a, b in pairwise(ordered) if b != a + 1)]
-    ends = [*(a for a, b in pairwise(ordered) if b != a + 1), ordered[-1]]
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

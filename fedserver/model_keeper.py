@@ -9,8 +9,9 @@ from fedcore.artifact_store import ArtifactStore
 from fedcore.audit import Fact, Value
 from fedcore.audit_store import AuditLog
 from fedcore.errors import ConflictError, FedimpresError
+from fedcore.text import ranges
 from fedserver import round_events as ev
-from fedserver.model_drops import ToDrop, fixed_bytes, given_up, ranges, to_free
+from fedserver.model_drops import ToDrop, fixed_bytes, given_up, to_free
 from fedserver.round_driver import RoundDriver
 from fedserver.round_state import RunState
 

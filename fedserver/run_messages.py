@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from fedcore.round_record import RoundRecord
+from fedcore.text import ranges
 from fedcore.v1 import admin_pb2
-from fedserver.model_drops import ranges
 from fedserver.roster import Roster, Session
 from fedserver.round_driver import RunView
 from fedserver.round_state import Round, RunState, Stage

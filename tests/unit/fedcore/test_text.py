@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcore.text import printable
+from fedcore.text import printable, ranges
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,9 @@ def test_never_longer_never_a_control_character_and_stable(text: str, limit: int
     assert len(shown) <= limit
     assert not any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in shown)
     assert printable(shown, limit) == shown
+
+
+def test_numbers_as_people_write_them() -> None:
+    assert ranges([]) == "none"
+    assert ranges({3}) == "3"
+    assert ranges([1, 2, 3, 7, 9, 10]) == "1-3, 7, 9-10"

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from fedcore.errors import ConfigError, ConflictError, NotFoundError, PermissionDeniedError, PlanError
 from fedcore.status import exit_code_of
+from fedcore.v1 import admin_pb2
 from fedctl import following
 from fedctl.app import app
 from fedctl.render import Column, Output, minute, print_rows
@@ -63,6 +64,30 @@ def test_token_for_people_is_one_line_to_paste(lab) -> None:
         "fedagent enroll --home DIR --coordinator fed.example.org:8443 --token secret-token "
         f"--ca-fingerprint {'ab' * 32}"
     ]
+
+
+def test_a_dropped_model_is_marked_and_its_download_says_when_why_and_what_is_there(lab, make_run) -> None:
+    lost = {"dropped_at": "2026-02-01T08:09:10+00:00", "dropped_reason": "storage quota of 2 GiB"}
+    lab.script.models = [
+        admin_pb2.Model(run="blood-1", round=number, digest=f"{number}" * 64, payload_bytes=size, **more)
+        for number, size, more in ((1, 9, {}), (2, 0, lost), (3, 9, {}), (4, 9, {}))
+    ]
+    rows = run_ok("model", "list", "blood-1")["models"]
+    assert [(row["round"], row["bytes"], row["dropped_at"]) for row in rows][:2] == [
+        (1, 9, None), (2, None, "2026-02-01T08:09:10+00:00"),
+    ]  # fmt: skip
+    assert lab.script.of("ListModels")[0].dropped
+    text = table("model", "list", "blood-1")
+    assert "2026-02-01 08:09Z" in text
+    assert "storage quota of 2 GiB" in text
+    with pytest.raises(NotFoundError, match="round 2 was dropped at 2026-02-01T08:09:10") as caught:
+        run_ok("model", "download", "blood-1", "--round", "2", "--out", "never.safetensors")
+    assert "storage quota of 2 GiB" in caught.value.message
+    assert caught.value.hint == "rounds whose model is there: 1, 3-4"
+    assert lab.script.of("Download") == []
+    lab.script.runs["blood-1"] = make_run(models_dropped="2, 5-9")
+    assert run_ok("run", "show", "blood-1")["models_dropped"] == "2, 5-9"
+    assert "rounds 2, 5-9" in table("run", "show", "blood-1")
 
 
 def test_bad_ttl_asks_nothing_of_the_coordinator(lab) -> None:

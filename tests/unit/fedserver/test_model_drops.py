@@ -19,7 +19,6 @@ from fedserver.model_drops import (
     given_up,
     has_model,
     raise_if_dropped,
-    ranges,
     to_free,
 )
 from fedserver.round_machine import apply
@@ -148,9 +147,3 @@ def test_whoever_asks_for_a_dropped_model_reads_when_why_and_what_is_there() -> 
     assert "a quota" in caught.value.message
     assert caught.value.hint == "rounds whose model is there: 2, 4-5"
     raise_if_dropped([state], "n")
-
-
-def test_numbers_as_people_write_them() -> None:
-    assert ranges([]) == "none"
-    assert ranges({3}) == "3"
-    assert ranges([1, 2, 3, 7, 9, 10]) == "1-3, 7, 9-10"

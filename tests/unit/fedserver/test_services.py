@@ -6,6 +6,7 @@ Over the wire, with a real coordinator, they are tested in tests/integration.
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from fedserver.finished_round import FinishedRound
 from fedserver.journal import Submission
 from fedserver.roster import Roster, Session
 from fedserver.round_driver import RunView
-from fedserver.round_state import RunState
+from fedserver.round_state import Drop, RunState
 from fedserver.services.admin import AdminService
 from fedserver.services.federation import FederationService
 
@@ -121,6 +122,35 @@ def test_long_lists_come_in_pages_that_fit_a_message(tmp_path: Path) -> None:
     assert named == [("a", n, 16) for n in (1, 2, 3)] + [("b", n, 16) for n in range(1, 1201)]
     empty = asyncio.run(pages(service.ListModels, admin_pb2.ListModelsRequest, run="c"))
     assert [list(reply.models) for reply in empty] == [[]]
+
+
+def test_a_dropped_model_is_listed_where_asked_for_and_its_download_says_when_and_why(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    view = view_of("a", stored(store), 3)
+    records = tuple(replace(r, model=f"{r.round}" * 64) for r in view.state.records[:2])
+    view.state = replace(
+        view.state, records=(*records, view.state.records[2]), dropped={2: Drop(0.0, "a quota")}
+    )
+    service = admin(Driver(view), store)
+
+    def listed(**fields: bool) -> list[tuple[int, str, str]]:
+        request = admin_pb2.ListModelsRequest(run="a", **fields)
+        models = asyncio.run(service.ListModels(request, None)).models
+        return [(model.round, model.dropped_at, model.dropped_reason) for model in models]
+
+    assert listed() == [(3, "", "")]
+    assert listed(dropped=True) == [(2, "1970-01-01T00:00:00+00:00", "a quota"), (3, "", "")]
+    assert asyncio.run(service.GetRun(admin_pb2.GetRunRequest(run="a"), None)).models_dropped == "2"
+
+    async def download() -> None:
+        async for _ in service.Download(admin_pb2.DownloadRequest(digest="2" * 64), None):
+            pass
+
+    with pytest.raises(
+        NotFoundError, match="round 2 was dropped at 1970-01-01T00:00:00.*: a quota"
+    ) as caught:
+        asyncio.run(download())
+    assert caught.value.hint == "rounds whose model is there: 1, 3"
 
 
 def test_pages_of_runs_are_bounded_in_bytes(tmp_path: Path) -> None:
