@@ -18,6 +18,7 @@ from fedserver.model_drops import droppable, dropped_only
 from fedserver.round_decisions import Presence, Withheld, World, concerned, decide, waiting_for
 from fedserver.round_machine import (
     Aggregate,
+    Command,
     Evaluate,
     Initialise,
     ScoreUpdates,
@@ -949,6 +950,42 @@ class RunMachine(RuleBasedStateMachine):
         self.try_event(ev.EvaluationReported(at=self.now, round=number, site=site, metrics=metrics))
         self.settle()
 
+    @rule(
+        validated=st.lists(st.integers(0, 4), min_size=1, max_size=3),
+        chances=st.tuples(st.booleans(), st.booleans()),
+        drops=st.lists(st.sets(st.integers(1, 3), max_size=2), min_size=1, max_size=5),
+    )
+    def rounds_go_well(self, validated: list[int], chances: tuple[bool, bool], drops: list[set[int]]) -> None:
+        """What single steps seldom come to: rounds that finish, one after the other; and drops in the course of them."""
+        overlaps, averaged = chances
+        if self.state.status is Status.QUEUED:
+            self.start()
+        self.presence = here(since=self.now, progress=self.now)
+        self.settle()
+        for correct in validated:
+            finished = self.state.finished
+            for _ in range(6):  # stages
+                for command in work(self.state):
+                    if self.state.finished == finished and command in work(self.state):
+                        self.do(command, correct, overlaps, averaged)
+                        self.drop(chosen=drops[len(self.events) % len(drops)])
+                        self.what_is_dropped_is_neither_the_best_nor_the_last_nor_needed()
+
+    def do(self, command: Command, validated: int, overlaps: bool, averaged: bool) -> None:
+        match command:
+            case Initialise():
+                self.initialise(overlaps=overlaps)
+            case Train():
+                self.update(site=command.site, digest=0)
+            case Aggregate():
+                self.aggregate(refused=set(), averaged=averaged, keeps=True)
+            case Synthesise():
+                self.synthesise(works=True)
+            case Evaluate():
+                self.evaluation(site=command.site, validated=validated)
+            case ScoreUpdates():
+                self.score(works=True)
+
     @rule()
     def pause(self) -> None:
         self.try_event(ev.PauseRequested(at=self.now, by="o"))
@@ -1051,7 +1088,7 @@ class RunMachine(RuleBasedStateMachine):
             assert self.state.missed
 
 
-RunMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+RunMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 TestRunMachine = RunMachine.TestCase
 
 
@@ -1131,5 +1168,5 @@ class FoldingMachine(RunMachine):
         assert all(parking.until > self.state.finished for parking in self.state.parked.values())
 
 
-FoldingMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+FoldingMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 TestFoldingMachine = FoldingMachine.TestCase
