@@ -3,7 +3,7 @@
 A real coordinator and real agents (`fedserver serve`, `fedagent serve`: processes, mutual TLS, homes on disk) run
 rounds of the `noop` model, which trains nothing but makes every site's update a new file. Before each round as many
 bare gRPC clients as there are sites stream the same bytes down and up through a bare server (sync API, mutual TLS,
-2 MiB chunks, no disk, no digest). The rounds are held apart by pausing the run.
+chunks of the same size, no disk, no digest). The rounds are held apart by pausing the run.
 """
 
 import argparse

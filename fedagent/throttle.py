@@ -1,7 +1,7 @@
 """policy.toml's bandwidth: bytes in both directions wait until the line may carry them.
 
 A leaky bucket: each chunk is let through as soon as those before it are paid for, so the average holds over any
-stretch longer than one chunk (2 MiB), and a pause saves nothing up.
+stretch longer than one chunk (1 MiB), and a pause saves nothing up.
 """
 
 import asyncio

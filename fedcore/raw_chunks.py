@@ -1,7 +1,7 @@
 """Chunks of tensors that go to the wire without a protobuf message in between.
 
 A message holds its bytes twice before they are sent (set, then serialised), in memory taken anew for each chunk: for
-2 MiB that costs far more processor time than the copy itself. A `RawChunk` is written as what the message would be,
+1 MiB that costs far more processor time than the copy itself. A `RawChunk` is written as what the message would be,
 byte for byte, with one copy. Receivers see ordinary messages.
 """
 

@@ -26,7 +26,7 @@ from fedcore.errors import (
 from fedcore.tensor_file import TensorManifest, TensorSpec
 from fedcore.v1 import tensor_pb2
 
-CHUNK_BYTES = 2 << 20
+CHUNK_BYTES = 1 << 20
 _REHASH_BYTES = 4 << 20
 # Chunks begin at multiples of this, so that no number is cut in two.
 _ALIGNMENT = 8

@@ -25,7 +25,7 @@ class AdmissionConfig(ConfigSection):
     """How much the coordinator takes on at once."""
 
     max_agents: int = Field(2000, ge=1)
-    # Chunks of 2 MiB that move at a time; transfers beyond that take turns. Each costs about 10 MB of memory.
+    # Chunks of 1 MiB that move at a time; transfers beyond that take turns.
     max_transfers: int = Field(4, ge=1)
 
 

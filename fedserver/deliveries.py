@@ -158,8 +158,9 @@ class Deliveries:
         write_back: asyncio.Task[None] | None = None
         try:
             while True:
-                async with self._turns.turn(manifest.payload_bytes - sink.offset):
+                async with self._turns.turn(manifest.payload_bytes - sink.offset) as keep_turn:
                     part = await _next_unless(superseded, parts)
+                    keep_turn()
                     if part is None:
                         break
                     if superseded.is_set():

@@ -154,7 +154,7 @@ log_level = {json.dumps(config.log_level)}    # debug | info | warning | error
 
 # [admission]
 # max_agents = {config.admission.max_agents}
-# max_transfers = {config.admission.max_transfers}      # chunks of 2 MiB that move at a time; more transfers take turns
+# max_transfers = {config.admission.max_transfers}      # chunks of 1 MiB that move at a time; more transfers take turns
 
 # [limits]              # of one member; whoever asks for more is refused for a while (overloaded)
 # requests_per_s = {config.limits.requests_per_s:g}

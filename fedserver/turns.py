@@ -4,7 +4,7 @@ A peer that is slow to send or to read loses its turn to the others after a mome
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 _PATIENCE_S = 1.0
@@ -21,10 +21,14 @@ class Turns:
         self._patience_s = patience_s
 
     @asynccontextmanager
-    async def turn(self, size: int) -> AsyncIterator[None]:
-        """Hold a turn for the body, which moves at most `size` bytes, or for `patience_s` if the body takes longer."""
+    async def turn(self, size: int) -> AsyncIterator[Callable[[], None]]:
+        """Hold a turn for the body, which moves at most `size` bytes, or for `patience_s` if the body takes longer.
+
+        The body may call what it is given once it no longer waits for the peer: it then holds its turn to the end, however
+        slow this machine's disk is. Else each of a thousand senders would soon have a chunk waiting in memory.
+        """
         if size <= SMALL_BYTES:
-            yield
+            yield lambda: None
             return
         await self._free.acquire()
         held = True
@@ -37,7 +41,7 @@ class Turns:
 
         timer = asyncio.get_running_loop().call_later(self._patience_s, give_back)
         try:
-            yield
+            yield timer.cancel
         finally:
             timer.cancel()
             give_back()

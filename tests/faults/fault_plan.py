@@ -56,7 +56,7 @@ class Cut(Fault):
 
     site: str = VICTIM
     half_open: bool = False
-    # Of an upload or a fetch that is held: the chunks of 2 MiB that came through before.
+    # Of an upload or a fetch that is held: the pieces of 2 MiB that came through before.
     after_chunk: int = 1
 
 

@@ -33,3 +33,17 @@ def test_who_is_slow_loses_the_turn_and_goes_on() -> None:
             pass
 
     asyncio.run(asyncio.wait_for(story(), 60))
+
+
+def test_who_has_its_chunk_keeps_the_turn_until_that_is_written() -> None:
+    async def story() -> None:
+        turns = Turns(1, patience_s=0.01)
+        async with turns.turn(LARGE) as keep_turn:
+            keep_turn()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.1), turns.turn(LARGE):
+                    pass
+        async with turns.turn(LARGE):
+            pass
+
+    asyncio.run(asyncio.wait_for(story(), 60))
