@@ -23,7 +23,7 @@ demo: $(STAMP)  ## a coordinator and four agents over mutual TLS on this machine
 	$(BIN)/fedctl demo --out $(OUT) -o json
 
 test: $(STAMP)  ## the test suite (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 test-long: $(STAMP)  ## what takes longer: the units as started, the factory's README, all of the equality with gRPC
 	$(BIN)/python -m pytest -m long
