@@ -81,11 +81,14 @@ class ArtifactStore:
             yield path.stem
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every artifact, by digest; of those that go meanwhile, or not."""
+        """Bytes of every artifact, by digest; of those that go meanwhile, or not. Raises DiskError."""
         found = {}
-        for path in self.root.glob("??/*.safetensors"):
-            with contextlib.suppress(FileNotFoundError):
-                found[path.stem] = path.stat().st_size
+        try:
+            for path in self.root.glob("??/*.safetensors"):
+                with contextlib.suppress(FileNotFoundError):
+                    found[path.stem] = path.stat().st_size
+        except OSError as error:
+            raise DiskError(f"{self.root}: can't be read: {error}", hint="mend the disk") from error
         return found
 
     def size_bytes(self) -> int:

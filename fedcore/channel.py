@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
@@ -238,7 +239,7 @@ class _Timed:
         return self._call(*args, timeout=self._deadline_s if timeout is None else timeout, **options)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._call, name)
+        return partial(getattr(self._call, name), timeout=self._deadline_s)  # with_call, future
 
 
 def with_deadlines(channel: Channel) -> Channel:

@@ -230,8 +230,9 @@ class Plan(_Section):
         return self.transform.std or (0.5,) * self.model.input[0]
 
     def to_json(self) -> str:
-        """The plan as it travels."""
-        return self.model_dump_json(exclude_none=True)
+        """The plan as it travels and as it is journalled: less what is at its default and version 0.1 would not know."""
+        unknown = {"keep_models"} if self.keep_models == "all" else None
+        return self.model_dump_json(exclude_none=True, exclude=unknown)
 
     def to_site_json(self) -> str:
         """The plan as sites get it: less what only the coordinator acts upon, and what else is at its

@@ -60,6 +60,8 @@ class ComputeWork:
         self._compute = compute
         self._pool = pool
         self._measured: dict[str, Measure] = {}
+        # What was stored here and may not be journalled yet, by digest, and for which run: its state does not speak for it.
+        self.unrecorded: dict[str, str] = {}
 
     async def perform(
         self, state: RunState, command: ComputeCommand, initial: str | None, on_progress: Progress
@@ -95,10 +97,10 @@ class ComputeWork:
                 case Initialise():
                     path = str(self._store.find(initial)) if initial else None
                     result = await self._run("initialise", on_progress, plan=plan, initial=path, out=str(out))
-                    await self._adopt(out, result["digest"])
+                    await self._adopt(state.run, out, result["digest"])
                     return initialised_event(result, self._clock.wall())
                 case Aggregate():
-                    return await self._aggregate(command, plan, len(state.sites), out, on_progress)
+                    return await self._aggregate(state, command, plan, out, on_progress)
                 case Synthesise():
                     result = await self._run(
                         "synthesise", on_progress, plan=plan, round=command.round,
@@ -107,7 +109,7 @@ class ComputeWork:
                         validation_accuracy=_newest_validation(state),
                     )  # fmt: skip
                     if result["digest"] is not None:
-                        await self._adopt(out, result["digest"])
+                        await self._adopt(state.run, out, result["digest"])
                     return ev.SynthesisFinished(
                         at=self._clock.wall(),
                         round=command.round,
@@ -134,7 +136,7 @@ class ComputeWork:
             out.unlink(missing_ok=True)
 
     async def _aggregate(
-        self, command: Aggregate, plan: str, num_sites: int, out: Path, on_progress: Progress
+        self, state: RunState, command: Aggregate, plan: str, out: Path, on_progress: Progress
     ) -> ev.Event:
         if missing := {site: "missing" for site, digest, _ in command.updates if digest not in self._store}:
             return self._lost(command, missing)
@@ -150,7 +152,7 @@ class ComputeWork:
         state_out, released_out = self._store.new_path(), self._store.new_path()
         try:
             result = await self._run(
-                "aggregate", on_progress, plan=plan, round=command.round, num_sites=num_sites,
+                "aggregate", on_progress, plan=plan, round=command.round, num_sites=len(state.sites),
                 model=str(self._store.find(command.model)), updates=updates, out=str(out),
                 state=self._path(command.strategy_state), state_out=str(state_out),
                 released=self._path(command.released), released_out=str(released_out),
@@ -167,11 +169,11 @@ class ComputeWork:
                     rejected=result["rejected"],
                     verdicts=result["verdicts"],
                 )
-            await self._adopt(out, result["digest"])
+            await self._adopt(state.run, out, result["digest"])
             if result["state_digest"] is not None:
-                await self._adopt(state_out, result["state_digest"])
+                await self._adopt(state.run, state_out, result["state_digest"])
             if result["released_digest"] is not None:
-                await self._adopt(released_out, result["released_digest"])
+                await self._adopt(state.run, released_out, result["released_digest"])
         finally:
             state_out.unlink(missing_ok=True)
             released_out.unlink(missing_ok=True)
@@ -188,8 +190,9 @@ class ComputeWork:
             folded=result["folded"],
         )
 
-    async def _adopt(self, path: Path, digest: str) -> None:
+    async def _adopt(self, run: str, path: Path, digest: str) -> None:
         """Store what the compute process wrote."""
+        self.unrecorded[digest] = run
         if self._pool is None:
             self._store.adopt(path, digest)
         else:

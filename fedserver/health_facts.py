@@ -95,7 +95,7 @@ class HealthFacts:
             await self._database(),
             journal_fact(w.journal_lag_s()),
             disk_fact(shutil.disk_usage(w.store.root)),
-            artifacts_fact(await w.usage()),
+            await self._artifacts(),
             self._compute(),
             certificate_fact(w.credential().certificate, now),
             ca_fact("issuing-ca", w.authority().issuing.certificate, now),
@@ -103,6 +103,12 @@ class HealthFacts:
             *self._sites(now),
             drain_fact(w.drain()),
         ]
+
+    async def _artifacts(self) -> HealthFact:
+        try:
+            return artifacts_fact(await self._watched.usage())
+        except StorageError as error:
+            return HealthFact("artifacts", False, error.message, hint=error.hint)
 
     async def _database(self) -> HealthFact:
         """Write the schema's version over itself: a real commit, which leaves nothing behind."""

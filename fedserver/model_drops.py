@@ -1,18 +1,21 @@
 """Which rounds' models a run may give up, and which go. Pure.
 
 A drop is a fact of the run (`ModelsDropped`), so a replayed journal knows that the files are gone. Never dropped: the best
-and the last model, what a run under way can still ask for, and what another run started from.
+and the last model, and what the run can still ask for while it is under way. What another run needs (it started from it,
+say) stays on the disk, also where the run that made it has given it up.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import cast
 
 from fedcore.errors import ConflictError, NotFoundError
 from fedcore.text import ranges
 from fedserver import round_events as ev
 from fedserver.impression_purges import rfc3339_s
-from fedserver.round_state import Drop, RunState, undroppable
+from fedserver.round_state import Drop, RunState, kept_models, undroppable
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ def has_model(state: RunState, digest: str) -> bool:
 def given_up(state: RunState) -> ToDrop | None:
     """What the plan itself does not keep (`keep_models`); None if nothing more is to go."""
     keep = state.plan.keep_models
-    if keep == "all" or len(state.records) <= keep:
+    if keep == "all" or len(state.records) - len(state.dropped) <= keep:
         return None
     first_kept = state.records[-keep].round
     rounds = tuple(number for number in droppable(state) if number < first_kept)
@@ -51,16 +54,20 @@ def given_up(state: RunState) -> ToDrop | None:
     return ToDrop(state.run, rounds, reason) if rounds else None
 
 
-def to_free(states: Iterable[RunState], sizes: Mapping[str, int], quota_bytes: int) -> list[ToDrop]:
+def to_free(
+    states: Iterable[RunState], sizes: Mapping[str, int], quota_bytes: int, at_most: int
+) -> list[ToDrop]:
     """What must go so that the artifacts, whose bytes are `sizes`, stay within the quota; all that may, if that is too
-    little.
+    little; but no more than `at_most` models at a time.
 
     Runs that are over come first, the oldest of them before the others (`states` are the oldest first), and in each
     run the oldest rounds. Bytes that several runs have go with the last of these, from all of them.
     """
     excess = sum(sizes.values()) - quota_bytes
+    if excess <= 0:
+        return []
     chosen: dict[str, list[int]] = {}
-    for digest, owners in _shared_out(states).items():
+    for digest, owners in itertools.islice(_shared_out(states).items(), at_most):
         if excess <= 0:
             break
         excess -= sizes.get(digest, 0)
@@ -77,28 +84,29 @@ def fixed_bytes(states: Iterable[RunState], sizes: Mapping[str, int]) -> int:
 
 def _shared_out(states: Iterable[RunState]) -> dict[str, list[tuple[str, int]]]:
     """Digests that no run needs otherwise, in the order in which they go, each with the (run, round) that have it."""
-    ordered = sorted(states, key=lambda state: not state.status.final)
     found: dict[str, list[tuple[str, int]]] = {}
-    for state in ordered:
+    fixed: set[str] = set()
+    for state in sorted(states, key=lambda state: not state.status.final):
+        fixed |= undroppable(state)
         for number, digest in droppable(state).items():
             found[digest] = [*found.pop(digest, ()), (state.run, number)]
-    for digest in {digest for state in ordered for digest in undroppable(state)}:
-        found.pop(digest, None)
-    return found
+    return {digest: owners for digest, owners in found.items() if digest not in fixed}
 
 
 def apply_drop(state: RunState, event: ev.ModelsDropped) -> RunState:
     """The state after a drop. Raises ConflictError for rounds whose model may not be dropped, or was."""
-    possible = droppable(state)
-    wrong = [number for number in event.rounds if number not in possible]
-    if wrong or not event.rounds:
-        raise ConflictError(
-            f"run {state.run}: models to drop are of rounds {ranges(event.rounds)}, expected some of "
-            f"{ranges(possible)}"
-        )
-    drop = Drop(event.at, event.reason)
-    dropped = {**state.dropped, **dict.fromkeys(event.rounds, drop)}
-    return replace(state, dropped=MappingProxyType(dropped))
+    fixed = kept_models(state)  # so that replaying many drops stays linear, not `droppable`
+    for number in event.rounds:
+        there = 1 <= number <= len(state.records) and number not in state.dropped
+        if not there or state.records[number - 1].model in fixed:
+            raise ConflictError(
+                f"run {state.run}: models to drop are of rounds {ranges(event.rounds)}, expected some of "
+                f"{ranges(droppable(state))}"
+            )
+    if not event.rounds:
+        raise ConflictError(f"run {state.run}: models to drop are of no round")
+    dropped = dict.fromkeys(event.rounds, Drop(event.at, event.reason))
+    return replace(state, dropped=MappingProxyType(cast("dict[int, Drop]", state.dropped) | dropped))
 
 
 def dropped_only(states: Iterable[RunState]) -> dict[str, float]:

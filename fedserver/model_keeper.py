@@ -1,7 +1,7 @@
 """Gives up models that a plan does not keep, and those that the storage quota has no room for."""
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -18,6 +18,8 @@ from fedserver.round_state import RunState
 # Looks follow changes of runs: not more often than the first, and sometimes without.
 _PAUSE_S = 1.0
 _IDLE_S = 60.0
+# Models that go with one look: their files are deleted between other work of the control process.
+_AT_ONCE = 50
 log = structlog.get_logger(__name__)
 
 
@@ -49,50 +51,61 @@ class ModelKeeper:
 
     async def usage(self) -> Usage:
         """What artifacts take now."""
-        sizes = await asyncio.to_thread(self._store.sizes)
-        return Usage(sum(sizes.values()), fixed_bytes(self._states(), sizes), self._quota_bytes)
+        return await asyncio.to_thread(self._usage, self._states())
 
     async def serve(self) -> None:
         """Look after every change, until cancelled. What fails is logged and tried again."""
         while True:
+            seen = self._driver.changes
             try:
                 await self.look()
-            except FedimpresError as error:
+            except (FedimpresError, OSError) as error:
                 log.error("models can't be dropped", error=str(error))
-            await self._driver.wait_changed(_IDLE_S)
+            if self._driver.changes == seen:  # its own drops are changes too: there may be more to go
+                await self._driver.wait_changed(_IDLE_S)
             await asyncio.sleep(_PAUSE_S)
 
     async def look(self) -> None:
-        """Drop what is to go now. Raises StorageError."""
-        for found in [todo for state in self._states() if (todo := given_up(state)) is not None]:
-            await self._drop(found)
-        if self._quota_bytes is None:
-            return
-        sizes = await asyncio.to_thread(self._store.sizes)
+        """Drop what is to go now, at most so much at a time. Raises StorageError."""
         states = self._states()
-        full = fixed_bytes(states, sizes) > self._quota_bytes
+        for found in [todo for state in states if (todo := given_up(state)) is not None]:
+            await self._drop(found)
+        if self._quota_bytes is not None:
+            for found in await asyncio.to_thread(self._over_quota, self._states(), self._quota_bytes):
+                await self._drop(found)
+
+    # In threads, as states never change: with thousands of finished rounds this takes its time.
+
+    def _usage(self, states: list[RunState]) -> Usage:
+        sizes = self._store.sizes()
+        return Usage(sum(sizes.values()), fixed_bytes(states, sizes), self._quota_bytes)
+
+    def _over_quota(self, states: list[RunState], quota_bytes: int) -> list[ToDrop]:
+        sizes = self._store.sizes()
+        found = to_free(states, sizes, quota_bytes, _AT_ONCE)
+        full = not found and sum(sizes.values()) > quota_bytes
         if full and not self._full:
             log.warning(
-                "artifacts stay over the storage quota: the rest can't be dropped",
-                quota_bytes=self._quota_bytes,
+                "artifacts stay over the storage quota: the rest can't be dropped", quota_bytes=quota_bytes
             )
         self._full = full
-        for found in to_free(states, sizes, self._quota_bytes):
-            await self._drop(found)
+        return found
 
     async def _drop(self, found: ToDrop) -> None:
-        event = ev.ModelsDropped(at=self._driver.wall(), rounds=found.rounds, reason=found.reason)
-        try:
-            await self._driver.post(found.run, event)  # which logs it
-        except ConflictError as error:
-            log.info("models are needed after all", run=found.run, error=error.message)
-            return
+        """Audited before it is done: a crash in between leaves a record of what the next look does."""
         detail: dict[str, Value] = {
             "rounds": ranges(found.rounds),
             "models": len(found.rounds),
             "reason": found.reason,
         }
-        await self._audit.record(Fact("models.drop", "coordinator", object=f"run/{found.run}", detail=detail))
+        fact = Fact("models.drop", "coordinator", object=f"run/{found.run}", detail=detail)
+        await self._audit.record(fact)
+        event = ev.ModelsDropped(at=self._driver.wall(), rounds=found.rounds, reason=found.reason)
+        try:
+            await self._driver.post(found.run, event)  # which logs it
+        except ConflictError as error:
+            log.info("models are needed after all", run=found.run, error=error.message)
+            await self._audit.record(replace(fact, result=error.code))
 
     def _states(self) -> list[RunState]:
         return [view.state for view in self._driver.views()]

@@ -50,11 +50,15 @@ def erase_purged(store: ArtifactStore, states: Iterable[RunState]) -> None:
 def erase_dropped(store: ArtifactStore, states: Iterable[RunState]) -> None:
     """Delete the files of dropped models that a crash between journal and deletion left.
 
-    One that is younger than the drop stays: somebody has uploaded the same bytes since.
+    One that is younger than the drop stays: somebody has uploaded the same bytes since. One that can't be deleted is only
+    logged: the next start tries again.
     """
     for digest, at in dropped_only(states).items():
-        if digest in store and store.path(digest).stat().st_mtime <= at:
-            store.delete(digest)
+        try:
+            if digest in store and store.path(digest).stat().st_mtime <= at:
+                store.delete(digest)
+        except OSError as error:
+            log.error("dropped model can't be deleted", digest=digest, error=str(error))
 
 
 def drop_refused(store: ArtifactStore, event: ev.Event, states: Iterable[RunState]) -> None:

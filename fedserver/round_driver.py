@@ -8,7 +8,7 @@ crash could undo.
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,12 +89,14 @@ class RoundDriver:
         self._mailbox: asyncio.Queue[_Posted | None] = asyncio.Queue()
         self._computing: dict[ComputeCommand, asyncio.Task[None]] = {}
         self._changed = asyncio.Condition()
+        # How often something has changed: whoever looks at runs sees by it what came meanwhile.
+        self.changes = 0
         self.sent_bytes = self._sent_before_round = 0
         self._drain: Drain | None = None
         self._assigning = Assigning(roster, store, clock, self._state_of)
         self._looks = Looks()
         # Models that a run which is just being submitted starts from.
-        self._promised: list[str | None] = []
+        self._promised: list[str] = []
         # When each fact that is not durable yet was posted.
         self._unrecorded: dict[asyncio.Future[RunState], float] = {}
 
@@ -171,12 +173,24 @@ class RoundDriver:
 
     async def submit(self, plan: Plan, *, request_id: str | None, by: str) -> str:
         """Queue a run; the same request id gives the same run. Returns its id. Raises as `Journal.submit`."""
-        run = f"{plan.name}-{secrets.token_hex(4)}"
-        self._promised.append(plan.training.initial)
+        # Once it is recorded it must be known here, also if whoever asked has gone.
+        return await asyncio.shield(self._submit(plan, request_id, by))
+
+    @contextlib.contextmanager
+    def promised(self, digest: str | None) -> Iterator[None]:
+        """Delete no artifact of this digest meanwhile: a run that is being submitted starts from it."""
+        found = [digest] if digest else []
+        self._promised.extend(found)
         try:
-            submission = await self._journal.submit(run, plan, request_id=request_id, submitted_by=by)
+            yield
         finally:
-            self._promised.remove(plan.training.initial)
+            for one in found:
+                self._promised.remove(one)
+
+    async def _submit(self, plan: Plan, request_id: str | None, by: str) -> str:
+        run = f"{plan.name}-{secrets.token_hex(4)}"
+        with self.promised(plan.training.initial):
+            submission = await self._journal.submit(run, plan, request_id=request_id, submitted_by=by)
         if submission.run not in self._views:  # new, or recorded by a call that was cut before it came here
             state = RunState(run=submission.run, plan=submission.plan)
             self._views[submission.run] = self._new_view(submission, state)
@@ -360,14 +374,20 @@ class RoundDriver:
             if isinstance(event, ev.RoundOpened):
                 self._sent_before_round = self.sent_bytes
                 self._assigning.tell_parked(states[run])
-        for run in {run for run, _ in recorded}:
-            view = self._views[run]
-            before, view.state = view.state, states[run]
-            self._discard(before, view.state)
-            if view.state.status.final:
+        touched = dict.fromkeys(run for run, _ in recorded)
+        before = {run: self._views[run].state for run in touched}
+        for run in touched:  # all of them first: what one run gives up another may just have begun to need
+            self._views[run].state = states[run]
+        for digest, run in list(self._compute.unrecorded.items()):
+            if run in touched and (states[run].status.final or digest in needed(states[run])):
+                del self._compute.unrecorded[digest]
+        for run in touched:
+            self._discard(before[run], states[run])
+            if states[run].status.final:
                 sweep(self._store, [other.state for other in self._views.values()], _SWEEP_GRACE_S)
         if any(isinstance(event, ev.ImpressionsPurged) for _, event in recorded):
             erase_purged(self._store, [view.state for view in self._views.values()])
+        self.changes += 1
         async with self._changed:
             self._changed.notify_all()
 
@@ -387,7 +407,8 @@ class RoundDriver:
         obsolete = superseded(before, after)
         if obsolete:
             obsolete -= {digest for view in self._views.values() for digest in needed(view.state)}
-            obsolete.difference_update(digest for digest in self._promised if digest)
+            obsolete.difference_update(self._compute.unrecorded)
+            obsolete.difference_update(self._promised)
         for digest in sorted(obsolete):
             self._store.delete(digest)
 

@@ -301,13 +301,18 @@ def needed(state: RunState) -> set[str]:
 
 def undroppable(state: RunState) -> set[str]:
     """Of `needed`, all but the models of rounds that nothing but the wish for them keeps."""
+    banks = {r.impressions_digest for r in state.records if state.purge_of(r.round) is None}
+    return kept_models(state) | {digest for digest in banks if digest}
+
+
+def kept_models(state: RunState) -> set[str]:
+    """`undroppable` but for the banks of finished rounds: its size does not grow with the rounds."""
     found: set[str | None] = {state.plan.training.initial}
-    found |= {r.impressions_digest for r in state.records if state.purge_of(r.round) is None}
     if state.best is not None:
         found |= {state.best.model, state.records[-1].model}
     if not state.status.final:
-        # Impressions that are made beside training look back to it.
-        found |= {record.model for record in state.records[-2:-1] if state.overlaps}
+        # Impressions that are made beside training look back to it, and so does a journal that lost its last record.
+        found |= {record.model for record in state.records[-2:-1]}
         found |= {state.model, state.released, state.impressions, state.strategy_state}
         if (current := state.current) is not None:
             found |= {current.model, current.released, current.strategy_state, current.new_impressions}

@@ -139,15 +139,18 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         plan = parse_plan(request.plan_toml)
         load_strategy(plan)
         self._check_sites(plan.sites or ())
-        if not self._submitted(request.request_id):
-            await self._check_quota(plan)
-        initial = plan.training.initial
+        initial, digest = plan.training.initial, None
         if initial is not None:
             digest = request.initial_digest or self._best_model(initial)
             if digest not in self._store:
                 raise NotFoundError(f"plan: initial model {initial!r:.80} is not stored here")
             plan = plan.model_copy(update={"training": plan.training.model_copy(update={"initial": digest})})
-        run = await self._driver.submit(plan, request_id=request.request_id or None, by=caller_of(context).id)
+        with self._driver.promised(digest):
+            if not self._submitted(request.request_id):
+                await self._check_quota(plan)
+            run = await self._driver.submit(
+                plan, request_id=request.request_id or None, by=caller_of(context).id
+            )
         note(f"run/{run}", strategy=plan.strategy, rounds=plan.rounds)
         return admin_pb2.SubmitRunReply(run=run)
 

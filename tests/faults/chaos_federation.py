@@ -31,9 +31,9 @@ from tests.federation_fixture import (
 )
 
 SITES = ("site-a", "site-b", "site-c")
-# Four chunks.
+# Updates are held, cut and sent again after so many of their four pieces.
 PARAMS = 2 << 20
-CHUNK_BYTES = 2 << 20
+PIECE_BYTES = 2 << 20
 ROUNDS = 2
 _PRELOAD = Path(__file__).parent / "preload"
 _ROOT = Path(__file__).parents[2]
@@ -51,8 +51,8 @@ def compile_world(folder: Path) -> Path:
 
 
 def upload_document(**changes: Any) -> dict[str, Any]:
-    """Updates of four chunks, without training."""
-    return noop_plan(PARAMS, SITES, rounds=ROUNDS, **_patient(changes))
+    """Updates of four pieces, without training; only the best and the last model are kept."""
+    return noop_plan(PARAMS, SITES, rounds=ROUNDS, keep_models=1, **_patient(changes))
 
 
 def impressions_document(**changes: Any) -> dict[str, Any]:

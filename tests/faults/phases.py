@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from tests.faults.chaos_federation import CHUNK_BYTES, SITES, ChaosFederation
+from tests.faults.chaos_federation import PIECE_BYTES, SITES, ChaosFederation
 from tests.faults.fault_plan import VICTIM, Phase
 from tests.federation_fixture import commanded, wait_until
 
@@ -88,7 +88,7 @@ def _arm(
 ) -> None:
     """Hold what the phase can't end without; in `first`, what it can't begin before."""
     relay = federation.relays[VICTIM]
-    num_bytes = after_chunk * CHUNK_BYTES + CHUNK_BYTES // 2
+    num_bytes = after_chunk * PIECE_BYTES + PIECE_BYTES // 2
     match phase:
         case "training":
             still.enter_context(federation.hold_compute(VICTIM))
@@ -122,9 +122,9 @@ def _arrive(
             wait_until(lambda: commanded(federation.compute_pid(VICTIM)), "the site's command")
         case "fetching":
             partial = federation.site_home(VICTIM) / "artifacts" / "partial"
-            wait_until(lambda: any(p.stat().st_size > CHUNK_BYTES for p in partial.iterdir()), "a fetch")
+            wait_until(lambda: any(p.stat().st_size > PIECE_BYTES for p in partial.iterdir()), "a fetch")
         case "uploading":
-            arrived = after_chunk * CHUNK_BYTES
+            arrived = after_chunk * PIECE_BYTES
             wait_until(lambda: (p := federation.part(VICTIM)) and p.stat().st_size >= arrived, "an upload")
         case "aggregating":
             federation.wait_phase(run, "aggregating")

@@ -18,6 +18,8 @@ from fedserver.dry_run import DryRun
 from fedserver.forecast import Measure
 from fedserver.journal import Journal
 from fedserver.model_keeper import ModelKeeper, Usage
+from fedserver.round_machine import Aggregate
+from fedserver.round_state import Stage
 from tests.unit.fedserver.test_round_driver import World, go, make_plan, served
 
 GIB = 1 << 30
@@ -83,14 +85,87 @@ def test_a_quota_takes_old_rounds_leaves_best_and_last_and_is_recorded(tmp_path:
             assert list(state.dropped) == [2, 3]
             assert set(world.store.digests()) == {models[n] for n in (0, 1, 4, 5)}
             await keeper(world, 1).look()
-            assert list(driver.view(run).state.dropped) == [2, 3, 4]
-            assert await keeper(world, 1).usage() == Usage(3 * size, 3 * size, 1)
+            assert list(driver.view(run).state.dropped) == ([2, 3, 4] if over else [2, 3])
+            left = (3 if over else 4) * size
+            assert await keeper(world, 1).usage() == Usage(left, left, 1)
             assert driver.view(run).state.status.final is over
             facts = [entry.document for entry in AuditLog(world.database).entries()]
             assert {fact["action"] for fact in facts} == {"models.drop"}
-            assert [(fact["object"], fact["detail"]["rounds"]) for fact in facts] == [
-                (f"run/{run}", "2-3"), (f"run/{run}", "4"),
-            ]  # fmt: skip
+            rounds = ["2-3", "4"] if over else ["2-3"]
+            assert [(f["object"], f["detail"]["rounds"]) for f in facts] == [
+                (f"run/{run}", r) for r in rounds
+            ]
+
+    go(story())
+
+
+def test_a_model_that_another_run_has_just_made_again_is_not_deleted(tmp_path: Path) -> None:
+    """The same plan and seed make the same bytes: one run gives them up while they come into being for another."""
+
+    async def story() -> None:
+        world = World(tmp_path)
+        plan = make_plan(rounds=5, min_sites=1, sites=["a"])
+        over, models = await finished_run(world, plan, 5)
+        shared = models[3]
+        async with served(world) as driver:
+            world.connect("a")
+            run = await driver.submit(
+                make_plan(rounds=2, min_sites=1, sites=["a"]), request_id=None, by="ann"
+            )
+            await world.initialise()
+            await world.until(lambda: driver.view(run).state.stage is Stage.TRAINING)
+            await driver.post(run, world.stored("a", world.artifact(b"u")))
+            # The merge has stored its result, and has not told of it yet.
+            await world.until(lambda: driver.view(run).state.stage is Stage.AGGREGATING)
+            world.compute.unrecorded[shared] = run
+            await driver.post(over, ev.ModelsDropped(at=9, rounds=(2,), reason="quota"))
+            assert models[2] not in world.store
+            await driver.post(over, ev.ModelsDropped(at=9, rounds=(3,), reason="quota"))
+            assert shared in world.store
+            merged = ev.AggregationFinished(at=9, round=1, model=shared, accepted=("a",), rejected={})
+            await world.answer(Aggregate, lambda command: merged)
+            await world.until(lambda: driver.view(run).state.stage is Stage.EVALUATING)
+            assert not world.compute.unrecorded
+            assert shared in world.store
+
+    go(story())
+
+
+@pytest.mark.parametrize("first", ["drop", "merge"])
+def test_a_drop_and_a_merge_in_one_batch_leave_what_the_merge_needs(tmp_path: Path, first: str) -> None:
+    async def story() -> None:
+        world = World(tmp_path)
+        over, models = await finished_run(world, make_plan(rounds=5, min_sites=1, sites=["a"]), 5)
+        async with served(world) as driver:
+            world.connect("a")
+            run = await driver.submit(
+                make_plan(rounds=2, min_sites=1, sites=["a"]), request_id=None, by="ann"
+            )
+            await world.initialise()
+            await world.until(lambda: driver.view(run).state.stage is Stage.TRAINING)
+            await driver.post(run, world.stored("a", world.artifact(b"u")))
+            await world.until(lambda: driver.view(run).state.stage is Stage.AGGREGATING)
+            facts: list[tuple[str, ev.Event]] = [
+                (over, ev.ModelsDropped(at=9, rounds=(3,), reason="quota")),
+                (run, ev.AggregationFinished(at=9, round=1, model=models[3], accepted=("a",), rejected={})),
+            ]
+            await asyncio.gather(
+                *(driver.post(*fact) for fact in (facts if first == "drop" else facts[::-1]))
+            )
+            assert models[3] in world.store
+
+    go(story())
+
+
+def test_a_model_that_a_submission_starts_from_is_not_deleted_meanwhile(tmp_path: Path) -> None:
+    async def story() -> None:
+        world = World(tmp_path)
+        run, models = await finished_run(world, make_plan(rounds=5, min_sites=1, sites=["a"]), 5)
+        async with served(world) as driver:
+            with driver.promised(models[2]), driver.promised(None):
+                await driver.post(run, ev.ModelsDropped(at=9, rounds=(2, 3), reason="quota"))
+            assert models[2] in world.store
+            assert models[3] not in world.store
 
     go(story())
 

@@ -48,6 +48,7 @@ class SlowCompute:
         self.asked: asyncio.Queue[tuple[ComputeCommand, asyncio.Future[ev.Event]]] = asyncio.Queue()
         self.withdrawn: list[ComputeCommand] = []
         self.interrupted = False
+        self.unrecorded: dict[str, str] = {}
 
     async def perform(
         self, state: RunState, command: ComputeCommand, initial: object, said: object
