@@ -12,7 +12,7 @@ from fedcore.credential import load_credential
 from fedcore.errors import ConflictError, FedimpresError, TruncatedStreamError
 from fedcore.status import from_rpc_error
 from fedcore.tensor_file import read_manifest
-from fedcore.tensor_stream import PIECE_BYTES, manifest_to_proto
+from fedcore.tensor_stream import CHUNK_BYTES, manifest_to_proto
 from fedcore.v1 import federation_pb2, federation_pb2_grpc, tensor_pb2
 from tests.faults.chaos_federation import ChaosFederation
 
@@ -45,9 +45,9 @@ class RawSite:
                 key=key, manifest=manifest_to_proto(manifest, update.stem), report=report, offset=start
             )
             yield federation_pb2.DeliverPart(header=header)
-            offsets = range(start, len(payload), PIECE_BYTES)
+            offsets = range(start, len(payload), CHUNK_BYTES)
             for offset in reversed(offsets) if backwards else offsets:
-                chunk = tensor_pb2.Chunk(offset=offset, data=payload[offset : offset + PIECE_BYTES])
+                chunk = tensor_pb2.Chunk(offset=offset, data=payload[offset : offset + CHUNK_BYTES])
                 yield federation_pb2.DeliverPart(chunk=chunk)
 
         credential = load_credential(self._federation.site_home(self.site) / "credential", datetime.now(UTC))
