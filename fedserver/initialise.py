@@ -172,7 +172,7 @@ log_level = {json.dumps(config.log_level)}    # debug | info | warning | error
 # operator_days = {config.certificates.operator_days:g}
 # coordinator_days = {config.certificates.coordinator_days:g}
 
-# [storage]             # of models, updates and impressions; above it old rounds' models go: quota_gib = 200
+# [storage]             # above it old rounds' models go; none without a number, such as: quota_gib = 200
 
 # [metrics]             # for Prometheus, on 127.0.0.1 only; none without a port, such as: port = 9464
 """
