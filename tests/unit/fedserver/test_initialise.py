@@ -44,7 +44,7 @@ def test_the_commented_settings_are_the_defaults(tmp_path):
     before = load_config(path, ServerConfig)
     text = path.read_text()
     uncommented = re.sub(r"(?m)^# (?=\[|\w+ = )", "", text)
-    assert uncommented.count("\n[") == 5
+    assert uncommented.count("\n[") == 6
     path.write_text(uncommented)
     assert load_config(path, ServerConfig) == before
 
