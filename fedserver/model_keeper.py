@@ -67,8 +67,7 @@ class ModelKeeper:
 
     async def look(self) -> None:
         """Drop what is to go now, at most so much at a time. Raises StorageError."""
-        states = self._states()
-        for found in [todo for state in states if (todo := given_up(state)) is not None]:
+        for found in await asyncio.to_thread(_of_plans, self._states()):
             await self._drop(found)
         if self._quota_bytes is not None:
             for found in await asyncio.to_thread(self._over_quota, self._states(), self._quota_bytes):
@@ -109,3 +108,7 @@ class ModelKeeper:
 
     def _states(self) -> list[RunState]:
         return [view.state for view in self._driver.views()]
+
+
+def _of_plans(states: list[RunState]) -> list[ToDrop]:
+    return [found for state in states if (found := given_up(state)) is not None]
