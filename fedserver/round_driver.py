@@ -39,8 +39,10 @@ _SWEEP_GRACE_S = 3600.0
 # Fields of events that are too long for a line of the log.
 _NOT_LOGGED = {
     "at", "kind", "record_json", "update_tensors", "local_tensors", "metrics", "report", "class_totals", "before",
-    "after",
+    "after", "verdicts", "registered_examples",
 }  # fmt: skip
+# Facts that every site brings in every round, of which the log tells only when it tells all; the journal has them.
+_ROUTINE = ev.TaskStarted | ev.EvaluationReported
 log = structlog.get_logger(__name__)
 
 
@@ -508,6 +510,9 @@ def _fail(future: asyncio.Future[RunState], error: Exception) -> None:
 
 
 def _log_event(run: str, event: ev.Event) -> None:
+    if isinstance(event, _ROUTINE):
+        log.debug(event.kind.replace("_", " "), run=run, round=event.round, site=event.site)
+        return
     fields = event.model_dump(exclude=_NOT_LOGGED)
     if isinstance(event, ev.RoundFinished):
         fields["syncs_so_far"] = syncs_so_far()
