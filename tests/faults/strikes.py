@@ -14,6 +14,8 @@ from fedcore.artifact_store import artifact_path
 from fedcore.compute_worker import Job
 from fedcore.errors import ConflictError, FedimpresError, TransferError
 from fedcore.plan import plan_from_json
+from fedserver.config import ServerHome
+from fedserver.journal_end import JournalEnd
 from tests.faults import fault_plan as faults
 from tests.faults.chaos_federation import COMPILER, ChaosFederation
 from tests.faults.phases import LAST
@@ -140,7 +142,8 @@ class Strike:
     def _tear(self, fault: faults.TornJournal) -> None:
         federation = self._federation
         federation.kill("coordinator")
-        lost = tear(federation.server_home / "fedserver.db", fault.records)
+        home = ServerHome(federation.server_home)
+        lost = tear(home.database, fault.records, JournalEnd(home.journal_end).noted())
         since = federation.log_size("coordinator")
         federation.start_coordinator()
         said = federation.log("coordinator", since)

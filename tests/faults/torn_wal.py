@@ -12,14 +12,14 @@ from pathlib import Path
 _HEADER_BYTES, _FRAME_HEADER_BYTES = 32, 24
 
 
-def tear(database: Path, records: int) -> int:
-    """Cut the log so that the journal ends `records` records earlier or more, in the middle of the page that would have
-    gone on. Nobody may have the file open. Returns how many records are lost.
+def tear(database: Path, records: int, confirmed: int) -> int:
+    """Cut the log so that the journal ends `records` records earlier than the one that was `confirmed` last, or more, in
+    the middle of the page that would have gone on. (A program that was killed may have written more than it told of.)
+    Nobody may have the file open. Returns how many confirmed records are lost.
     """
     wal = database.with_name(f"{database.name}-wal")
-    last = _last_record(database, wal, wal.stat().st_size)
     for keep, following in reversed(list(_boundaries(wal))):
-        lost = last - _last_record(database, wal, keep)
+        lost = confirmed - _last_record(database, wal, keep)
         if lost >= records:
             os.truncate(wal, keep + (following - keep) // 2)
             # It is an index of the log, made anew by who opens it.
