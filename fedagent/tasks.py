@@ -26,6 +26,7 @@ from fedcore.errors import (
     code_of,
 )
 from fedcore.impression_check import ImpressionCheck
+from fedcore.memory import give_back_freed
 from fedcore.parsing import parse_json
 from fedcore.text import wire_text
 from fedcore.v1 import federation_pb2
@@ -295,6 +296,7 @@ class Tasks:
         """
         if run == self._present_run:
             return
+        give_back_freed()
         for folder in self._home.local_state.iterdir():
             if folder.name != run and is_run(folder.name):
                 shutil.rmtree(folder, ignore_errors=True)

@@ -17,13 +17,14 @@ import structlog
 
 from fedcore.artifact_store import ArtifactStore
 from fedcore.clock import Clock
-from fedcore.durability import syncs_so_far
 from fedcore.errors import ConflictError, FedimpresError, NotFoundError, StorageError
+from fedcore.memory import give_back_freed
 from fedcore.plan import Plan
 from fedserver import round_events as ev
 from fedserver.assigning import Assigning
 from fedserver.compute_work import ComputeCommand, ComputeWork
 from fedserver.drain import Drain
+from fedserver.event_log import log_event
 from fedserver.journal import Journal, Submission
 from fedserver.looks import Looks
 from fedserver.retention import drop_refused, erase_dropped, erase_purged, sweep
@@ -36,13 +37,6 @@ _TICK_S = 0.25
 _RETRY_S = 5.0
 # When a run ends, artifacts this old that no run needs are left-overs.
 _SWEEP_GRACE_S = 3600.0
-# Fields of events that are too long for a line of the log.
-_NOT_LOGGED = {
-    "at", "kind", "record_json", "update_tensors", "local_tensors", "metrics", "report", "class_totals", "before",
-    "after", "verdicts", "registered_examples",
-}  # fmt: skip
-# Facts that every site brings in every round, of which the log tells only when it tells all; the journal has them.
-_ROUTINE = ev.TaskStarted | ev.EvaluationReported
 log = structlog.get_logger(__name__)
 
 
@@ -372,7 +366,7 @@ class RoundDriver:
 
     async def _publish(self, states: dict[str, RunState], recorded: list[tuple[str, ev.Event]]) -> None:
         for run, event in recorded:
-            _log_event(run, event)
+            log_event(run, event)
             if isinstance(event, ev.RoundOpened):
                 self._sent_before_round = self.sent_bytes
                 self._assigning.tell_parked(states[run])
@@ -386,6 +380,7 @@ class RoundDriver:
         for run in touched:
             self._discard(before[run], states[run])
             if states[run].status.final:
+                give_back_freed()
                 sweep(self._store, [other.state for other in self._views.values()], _SWEEP_GRACE_S)
         if any(isinstance(event, ev.ImpressionsPurged) for _, event in recorded):
             erase_purged(self._store, [view.state for view in self._views.values()])
@@ -507,13 +502,3 @@ def _stage_key(state: RunState) -> tuple[Stage, int, int]:
 def _fail(future: asyncio.Future[RunState], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
-
-
-def _log_event(run: str, event: ev.Event) -> None:
-    if isinstance(event, _ROUTINE):
-        log.debug(event.kind.replace("_", " "), run=run, round=event.round, site=event.site)
-        return
-    fields = event.model_dump(exclude=_NOT_LOGGED)
-    if isinstance(event, ev.RoundFinished):
-        fields["syncs_so_far"] = syncs_so_far()
-    log.info(event.kind.replace("_", " "), run=run, **fields)
