@@ -126,8 +126,17 @@ def lost(federation: ChaosFederation, run: str, since: dict[str, int]) -> list[s
     return [f"{which}: told {number} times that it is stored" for which, number in told.items() if number > 1]
 
 
-def leaks(federation: ChaosFederation, usual: Counter[str], usual_files: set[str]) -> list[str]:
-    """Files, processes, descriptors and threads that are left after a moment's patience."""
+def leaks(federation: ChaosFederation, run: str, usual: Counter[str], usual_files: set[str]) -> list[str]:
+    """Files, processes, descriptors and threads that are left after a moment's patience.
+
+    An update of this run that nobody waited for any more is none: it stays at its site until the next run begins, lest a
+    coordinator that was restored have it trained again. The next scenario would find it.
+    """
+    unwanted = {
+        f"{site}/tasks/{run}~{number}.json"
+        for number, sites in enumerate(accepted(federation, run), start=1)
+        for site in set(SITES) - set(sites)
+    }
 
     def left() -> list[str]:
         held = federation.held_resources()
@@ -136,7 +145,7 @@ def leaks(federation: ChaosFederation, usual: Counter[str], usual_files: set[str
             for what, number in held.items()
             if number > usual[what] + _SLACK[what.split()[-1]]
         ]
-        files = sorted(set(federation.left_files()) - usual_files)
+        files = sorted(set(federation.left_files()) - usual_files - unwanted)
         return [*files, *federation.strays(), *grown]
 
     try:

@@ -115,7 +115,7 @@ class Trials:
             == references.digest(scenario.document, participants),
             "counted_twice": counted_twice(federation, run),
             "lost": [] if scenario.loses else lost(federation, run, since),
-            "leaks": leaks(federation, self._usual, self._usual_files),
+            "leaks": leaks(federation, run, self._usual, self._usual_files),
         }
 
     def _restore(self, federation: ChaosFederation) -> None:
