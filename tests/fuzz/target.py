@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 # Minutes for all targets together; without it a fixed number of examples, drawn alike each time.
 MINUTES = float(os.environ.get("FUZZ_MINUTES", "0"))
-EXAMPLES = 120
+EXAMPLES = 100
 _BATCH = 2000
 
 # What breaks parsers of text: depth, long and special numbers, bytes that are no text, the ends of ranges.

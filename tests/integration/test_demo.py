@@ -167,7 +167,10 @@ def test_kill_9_of_the_demo_leaves_no_process(start) -> None:
     demo.assert_nothing_left()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long)],
+)
 def test_signals_end_it_cleanly(number: signal.Signals, code: int, start) -> None:
     demo = start("--sites", "2", "--rounds", "500", "--strategy", "fedavg")
     demo.wait_for_training()

@@ -32,7 +32,9 @@ ROUNDS = 4
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("strategy", ["fedimpres", pytest.param("fedbn", marks=pytest.mark.long), "scaffold"])
+@pytest.mark.parametrize(
+    "strategy", ["fedimpres", *(pytest.param(name, marks=pytest.mark.long) for name in ("fedbn", "scaffold"))]
+)
 def test_same_numbers_over_grpc_and_simulated(strategy: str, tmp_path: Path) -> None:
     demo = tmp_path / "demo"
     command = ["demo", "--dataset", "digits", "--sites", "3", "--rounds", str(ROUNDS), "--strategy", strategy]
