@@ -379,7 +379,7 @@ class RoundDriver:
                 del self._compute.unrecorded[digest]
         for run in touched:
             self._discard(before[run], states[run])
-            if states[run].status.final:
+            if states[run].status.final and not before[run].status.final:
                 give_back_freed()
                 sweep(self._store, [other.state for other in self._views.values()], _SWEEP_GRACE_S)
         if any(isinstance(event, ev.ImpressionsPurged) for _, event in recorded):
