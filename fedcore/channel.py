@@ -156,20 +156,16 @@ def service_config() -> str:
     Not the deadlines: grpc takes the start of a call from the wall clock to find the end of a configured timeout, so that
     after a step back of a minute every call of a minute would be over before it began, until the program is restarted.
     """
-    configs = []
-    for method, policy in CALLS.items():
-        if not policy.idempotent:
-            continue
-        _, service, name = method.split("/")
-        retries = {
-            "maxAttempts": 3,
-            "initialBackoff": "0.2s",
-            "maxBackoff": "2s",
-            "backoffMultiplier": 3,
-            "retryableStatusCodes": ["UNAVAILABLE"],
-        }
-        configs.append({"name": [{"service": service, "method": name}], "retryPolicy": retries})
-    return json.dumps({"methodConfig": configs})
+    repeated = [method.split("/") for method, policy in CALLS.items() if policy.idempotent]
+    retries = {
+        "maxAttempts": 3,
+        "initialBackoff": "0.2s",
+        "maxBackoff": "2s",
+        "backoffMultiplier": 3,
+        "retryableStatusCodes": ["UNAVAILABLE"],
+    }
+    names = [{"service": service, "method": name} for _, service, name in repeated]
+    return json.dumps({"methodConfig": [{"name": names, "retryPolicy": retries}]})
 
 
 def client_options(proxy: str | None = None) -> Options:

@@ -95,7 +95,9 @@ def _shared_out(states: Iterable[RunState]) -> dict[str, list[tuple[str, int]]]:
 
 def apply_drop(state: RunState, event: ev.ModelsDropped) -> RunState:
     """The state after a drop. Raises ConflictError for rounds whose model may not be dropped, or was."""
-    fixed = kept_models(state)  # so that replaying many drops stays linear, not `droppable`
+    fixed = kept_models(
+        state
+    )  # rather than `droppable`, which goes through all rounds and banks with each drop of a replay
     for number in event.rounds:
         there = 1 <= number <= len(state.records) and number not in state.dropped
         if not there or state.records[number - 1].model in fixed:

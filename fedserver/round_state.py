@@ -308,8 +308,8 @@ def undroppable(state: RunState) -> set[str]:
 def kept_models(state: RunState) -> set[str]:
     """`undroppable` but for the banks of finished rounds: its size does not grow with the rounds."""
     found: set[str | None] = {state.plan.training.initial}
-    if state.best is not None:
-        found |= {state.best.model, state.records[-1].model}
+    if (best := state.best) is not None:
+        found |= {best.model, state.records[-1].model}
     if not state.status.final:
         # Impressions that are made beside training look back to it, and so does a journal that lost its last record.
         found |= {record.model for record in state.records[-2:-1]}

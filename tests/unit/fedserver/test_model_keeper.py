@@ -18,6 +18,7 @@ from fedserver.dry_run import DryRun
 from fedserver.forecast import Measure
 from fedserver.journal import Journal
 from fedserver.model_keeper import ModelKeeper, Usage
+from fedserver.round_driver import RoundDriver
 from fedserver.round_machine import Aggregate
 from fedserver.round_state import Stage
 from tests.unit.fedserver.test_round_driver import World, go, make_plan, served
@@ -69,6 +70,17 @@ def keeper(world: World, quota_bytes: int | None) -> ModelKeeper:
     return ModelKeeper(world.driver, world.store, AuditLog(world.database), quota_bytes)
 
 
+async def merging(world: World, driver: RoundDriver) -> str:
+    """A run whose first round is being merged."""
+    world.connect("a")
+    run = await driver.submit(make_plan(rounds=2, min_sites=1, sites=["a"]), request_id=None, by="ann")
+    await world.initialise()
+    await world.until(lambda: driver.view(run).state.stage is Stage.TRAINING)
+    await driver.post(run, world.stored("a", world.artifact(b"u")))
+    await world.until(lambda: driver.view(run).state.stage is Stage.AGGREGATING)
+    return run
+
+
 @pytest.mark.parametrize("over", [True, False])
 def test_a_quota_takes_old_rounds_leaves_best_and_last_and_is_recorded(tmp_path: Path, over: bool) -> None:
     async def story() -> None:
@@ -108,15 +120,8 @@ def test_a_model_that_another_run_has_just_made_again_is_not_deleted(tmp_path: P
         over, models = await finished_run(world, plan, 5)
         shared = models[3]
         async with served(world) as driver:
-            world.connect("a")
-            run = await driver.submit(
-                make_plan(rounds=2, min_sites=1, sites=["a"]), request_id=None, by="ann"
-            )
-            await world.initialise()
-            await world.until(lambda: driver.view(run).state.stage is Stage.TRAINING)
-            await driver.post(run, world.stored("a", world.artifact(b"u")))
+            run = await merging(world, driver)
             # The merge has stored its result, and has not told of it yet.
-            await world.until(lambda: driver.view(run).state.stage is Stage.AGGREGATING)
             world.compute.unrecorded[shared] = run
             await driver.post(over, ev.ModelsDropped(at=9, rounds=(2,), reason="quota"))
             assert models[2] not in world.store
@@ -137,14 +142,7 @@ def test_a_drop_and_a_merge_in_one_batch_leave_what_the_merge_needs(tmp_path: Pa
         world = World(tmp_path)
         over, models = await finished_run(world, make_plan(rounds=5, min_sites=1, sites=["a"]), 5)
         async with served(world) as driver:
-            world.connect("a")
-            run = await driver.submit(
-                make_plan(rounds=2, min_sites=1, sites=["a"]), request_id=None, by="ann"
-            )
-            await world.initialise()
-            await world.until(lambda: driver.view(run).state.stage is Stage.TRAINING)
-            await driver.post(run, world.stored("a", world.artifact(b"u")))
-            await world.until(lambda: driver.view(run).state.stage is Stage.AGGREGATING)
+            run = await merging(world, driver)
             facts: list[tuple[str, ev.Event]] = [
                 (over, ev.ModelsDropped(at=9, rounds=(3,), reason="quota")),
                 (run, ev.AggregationFinished(at=9, round=1, model=models[3], accepted=("a",), rejected={})),
