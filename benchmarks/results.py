@@ -72,7 +72,7 @@ class Study:
     def tune(self) -> None:
         """Six trials a method and task, each away from the best so far; the best becomes the stored setting."""
         for task in self._wanted_tasks(study.TUNED_ON):
-            climbs = {name: Climb(name) for name in self._wanted(study.STRATEGIES)}
+            climbs = {name: Climb(name, task) for name in self._wanted(study.STRATEGIES)}
             for number in range(len(next(iter(study.MOVES.values()))) + 1):
                 trials = {name: climb.trial(number) for name, climb in climbs.items()}
                 lines = self._run(
@@ -186,15 +186,16 @@ class Study:
 class Climb:
     """The tuning of one method: the best setting so far, and the moves away from it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, task: study.Task) -> None:
         self.name = name
+        self._moves = study.MOVES_ON.get(task.name, {}).get(name, study.MOVES[name])
         self.best: study.Document = {}
         self._score = float("-inf")
         self._tried = self.best
 
     def trial(self, number: int) -> study.Document:
         """The setting of a trial, from 0."""
-        move = study.MOVES[self.name][number - 1] if number else {}
+        move = self._moves[number - 1] if number else {}
         self._tried = merged(self.best, move)
         return self._tried
 

@@ -78,6 +78,18 @@ MOVES: Mapping[str, tuple[Document, ...]] = {
     "fedimpres": (GROUP_NORM, FAST, EARLY, options(ratio=0.5), options(contrast_weight=0.3)),
 }
 STRATEGIES = tuple(MOVES)
+# Where sites' cameras and stains differ, other moves are worth a trial.
+MOVES_ON: Mapping[str, Mapping[str, tuple[Document, ...]]] = {
+    REAL_SITES.name: {
+        "fedimpres": (
+            options(local_norm=True),
+            options(logit_adjustment=0.0),
+            FAST,
+            AVERAGED,
+            options(ratio=0.5),
+        )
+    }
+}
 
 
 def off(name: str) -> Document:

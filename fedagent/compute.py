@@ -11,12 +11,13 @@ from fedagent.local_state import LocalState
 from fedagent.noop import train_noop
 from fedagent.objectives import objective_names
 from fedagent.site_images import SiteImages, open_site_dataset
-from fedagent.trainer import TrainRequest, load_model, starting_state, train
+from fedagent.trainer import TrainRequest, load_model, train, with_own
 from fedcore.compute_worker import Handler, Job, serve
 from fedcore.data import dataset_names
 from fedcore.device import ComputeDevice, open_device
 from fedcore.evaluation import evaluate
 from fedcore.models import learns_from_images, model_names
+from fedcore.models.state_file import load_tensors
 from fedcore.plan import plan_from_json
 
 
@@ -65,6 +66,7 @@ class AgentCompute:
             objective=args["objective"],
             objective_options=args["objective_options"],
             local_tensors=tuple(args["local_tensors"]),
+            personal_tensors=tuple(args["personal_tensors"]),
             state=Path(args["state"]),
             out=Path(args["out"]),
         )
@@ -96,8 +98,9 @@ class AgentCompute:
         splits: list[dict[str, Any]] = []
         if learns_from_images(plan.model.name):
             site, _ = self._images.get(args["data"], plan, device)
-            local = LocalState(Path(args["state"])).newest() if args["local_tensors"] else None
-            state = starting_state(Path(args["model"]), args["local_tensors"], local)
+            own_tensors = (*args["local_tensors"], *args["personal_tensors"])
+            own = LocalState(Path(args["state"])).newest() if own_tensors else None
+            state = with_own(load_tensors(Path(args["model"])), own_tensors, own)
             model = load_model(plan, state, device, args["site"])
             per_class = bool(args["share_class_metrics"])
             for split, images in (("validation", site.validation), ("test", site.test)):

@@ -60,6 +60,8 @@ class TrainRequest:
     local_tensors: Sequence[str]
     state: Path
     out: Path
+    # Tensors that are sent as well as kept: the site goes on with its own.
+    personal_tensors: Sequence[str] = ()
     # What the strategy keeps at the coordinator and shares; None while there is none.
     strategy_state: Path | None = None
 
@@ -97,7 +99,7 @@ def train(
     pictures_of: PicturesOf | None = None,
 ) -> TrainResult:
     """Train for a round and write the update to `request.out`: the model's tensors less the local ones, and what
-    the objective adds.
+    the objective adds. Local and personal tensors start from what the site's round before left of them.
 
     With `pictures_of`, which gives what `images` are compared by, impressions that come too near an image are not
     trained on; if all do, the round goes on as one without impressions. A check that refuses none changes no bit.
@@ -119,7 +121,9 @@ def train(
     torch.manual_seed(derive_seed(request.plan.seed, "dropout", request.round, request.site))
     local = LocalState(request.state)
     before = local.before(request.round)
-    start = starting_state(request.model, request.local_tensors, before)
+    received = load_tensors(request.model)
+    own_tensors = (*request.local_tensors, *request.personal_tensors)
+    start = with_own(received, own_tensors, before)
     model = load_model(request.plan, start, device, request.who).train()
     figures = None
     if bank is not None and pictures_of is not None:
@@ -143,11 +147,12 @@ def train(
     ending = objective.end(context, loop.num_steps)
     extras, left = _on_cpu(ending.extras), _on_cpu(ending.kept)
     _check_finite({**trained, **extras, **left}, request.who)
-    kept = {name: trained[name] for name in request.local_tensors}
-    sent = {name: tensor for name, tensor in trained.items() if name not in kept} | extras
+    kept = {name: trained[name] for name in own_tensors}
+    local_tensors = set(request.local_tensors)
+    sent = {name: tensor for name, tensor in trained.items() if name not in local_tensors} | extras
     coded = encode_update(
         sent,
-        start,
+        received,
         request.plan.transfer,
         left_out=_with_prefix(before, _LEFT_OUT),
         generator=request.generator("update rounding"),
@@ -168,20 +173,17 @@ def train(
     )
 
 
-def starting_state(
-    model: Path, local_tensors: Sequence[str], local: Mapping[str, Tensor] | None
+def with_own(
+    received: Mapping[str, Tensor], own_tensors: Sequence[str], own: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """The global model's tensors, those that stay at the site replaced by the site's own where it has them.
+    """The global model's tensors, those of `own_tensors` replaced by the site's own where it has them.
 
-    Raises StorageError if a file is damaged, TensorMismatchError if a local tensor is not the model's.
+    Raises TensorMismatchError if one of them is not the model's.
     """
-    state = load_tensors(model)
-    unknown = [name for name in local_tensors if name not in state]
+    unknown = [name for name in own_tensors if name not in received]
     if unknown:
-        raise TensorMismatchError(f"local tensor '{unknown[0]}' is not in the model")
-    if local is not None:
-        state |= {name: local[name] for name in local_tensors if name in local}
-    return state
+        raise TensorMismatchError(f"the site's own tensor '{unknown[0]}' is not in the model")
+    return {**received, **{name: own[name] for name in own_tensors if own is not None and name in own}}
 
 
 def load_model(plan: Plan, state: Mapping[str, Tensor], device: ComputeDevice, who: str) -> FederatedModel:

@@ -84,6 +84,7 @@ class ServerCompute:
                 for spec in coded_specs([*sent, *_extras(strategy, layout)], plan.transfer)
             ],
             "local_tensors": list(local),
+            "personal_tensors": list(strategy.personal_tensors(layout.names, layout.norm_names)),
             "objective": strategy.objective,
             "objective_options": dict(strategy.objective_options),
             "shares_state": strategy.shares_state,

@@ -30,6 +30,7 @@ def train_directive(
         objective=state.objective,
         objective_options_json=state.objective_options_json,
         local_tensors=state.local_tensors,
+        personal_tensors=state.personal_tensors,
     )
     if command.impressions is not None:
         task.impressions.CopyFrom(
@@ -51,6 +52,7 @@ def evaluate_directive(state: RunState, command: Evaluate, model_bytes: int) -> 
             model=tensor_pb2.ArtifactRef(digest=command.model, payload_bytes=model_bytes),
             plan_json=state.plan.to_site_json(),
             local_tensors=state.local_tensors,
+            personal_tensors=state.personal_tensors,
         )
     )
 
@@ -159,6 +161,7 @@ def initialised_event(result: dict[str, Any], at: float) -> ev.RunInitialised:
         model=result["digest"],
         update_tensors=tuple((name, dtype, tuple(shape)) for name, dtype, shape in result["update_tensors"]),
         local_tensors=tuple(result["local_tensors"]),
+        personal_tensors=tuple(result["personal_tensors"]),
         objective=result["objective"],
         objective_options_json=json.dumps(result["objective_options"], sort_keys=True),
         shares_state=result["shares_state"],

@@ -66,6 +66,8 @@ class RunInitialised(_Event):
     model: str
     update_tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
     local_tensors: tuple[str, ...]
+    # Those of which a site has its own version, and sends it.
+    personal_tensors: tuple[str, ...] = ()
     objective: str
     objective_options_json: str
     # Whether sites get what the strategy keeps between rounds.

@@ -236,6 +236,7 @@ def apply(state: RunState, event: ev.Event) -> RunState:
                 model=event.model,
                 update_tensors=event.update_tensors,
                 local_tensors=event.local_tensors,
+                personal_tensors=event.personal_tensors,
                 objective=event.objective,
                 objective_options_json=event.objective_options_json,
                 shares_state=event.shares_state,

@@ -225,6 +225,7 @@ class RunState:
     overlaps: bool = False
     update_tensors: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
     local_tensors: tuple[str, ...] = ()
+    personal_tensors: tuple[str, ...] = ()
     objective: str = ""
     objective_options_json: str = "{}"
     current: Round | None = None

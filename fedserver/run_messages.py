@@ -136,6 +136,7 @@ def model_card(state: RunState, record: RoundRecord) -> dict[str, object]:
         },
         "seed": plan.seed,
         "local_tensors": list(state.local_tensors),
+        "personal_tensors": list(state.personal_tensors),
     }
 
 

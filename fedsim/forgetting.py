@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from fedagent.local_state import LocalState
-from fedagent.trainer import load_model, starting_state
+from fedagent.trainer import load_model, with_own
 from fedcore.data import LabelledImages
 from fedcore.device import ComputeDevice
 from fedcore.evaluation import evaluate, recalls
@@ -54,7 +54,7 @@ class ForgettingMeter:
 
     def measure(
         self, site: str, round_number: int, counts_K: Sequence[int], *, start: Path, update: Path,
-        local_tensors: Sequence[str], state: Path,
+        own_tensors: Sequence[str], state: Path,
     ) -> None:  # fmt: skip
         """Score a site's model before its training (`start`) and after it (`update`).
 
@@ -63,11 +63,11 @@ class ForgettingMeter:
         rare = rare_classes(counts_K)
         if not rare:
             return
-        before = self._before(site, round_number, start, local_tensors, state)
+        before = self._before(site, round_number, start, own_tensors, state)
         trained = read_update(update, start, self._plan.transfer)
-        if local_tensors:
+        if own_tensors:
             kept = LocalState(state).newest() or {}
-            trained |= {name: kept[name] for name in local_tensors}
+            trained |= {name: kept[name] for name in own_tensors}
         drop = recall_drop(before, self._recalls(trained, site, rare), rare)
         if drop is not None:
             self._drops.append(drop)
@@ -78,11 +78,11 @@ class ForgettingMeter:
         return sum(drops) / len(drops) if drops else None
 
     def _before(
-        self, site: str, round_number: int, start: Path, local_tensors: Sequence[str], state: Path
+        self, site: str, round_number: int, start: Path, own_tensors: Sequence[str], state: Path
     ) -> Recalls:
-        if local_tensors:
+        if own_tensors:
             own = LocalState(state).before(round_number)
-            return self._recalls(starting_state(start, local_tensors, own), site)
+            return self._recalls(with_own(load_tensors(start), own_tensors, own), site)
         # All sites start from the same model: one pass serves them.
         if self._global is None or self._global[0] != start:
             self._global = (start, self._recalls(load_tensors(start), site))

@@ -242,6 +242,7 @@ class Simulation:
                     "objective": self._state.objective,
                     "objective_options": json.loads(self._state.objective_options_json),
                     "local_tensors": list(self._state.local_tensors),
+                    "personal_tensors": list(self._state.personal_tensors),
                     "check_impressions": self._check_impressions,
                     "out": str(out),
                 },
@@ -278,6 +279,7 @@ class Simulation:
                     **self._common(site),
                     "model": str(self._store.find(command.model)),
                     "local_tensors": list(self._state.local_tensors),
+                    "personal_tensors": list(self._state.personal_tensors),
                     # The simulated sites share one public test set: their histograms are no secret.
                     "share_class_metrics": True,
                 },
@@ -314,7 +316,8 @@ class Simulation:
         counts = class_counts(self._images[site].train.labels, self._plan.model.classes)
         self._meter.measure(
             site, number, counts, start=start, update=update,
-            local_tensors=self._state.local_tensors, state=self._site_folder(site),
+            own_tensors=(*self._state.local_tensors, *self._state.personal_tensors),
+            state=self._site_folder(site),
         )  # fmt: skip
 
     def _common(self, site: str) -> dict[str, Any]:

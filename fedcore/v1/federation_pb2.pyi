@@ -675,6 +675,7 @@ class TrainTask(_message.Message):
     OBJECTIVE_OPTIONS_JSON_FIELD_NUMBER: _builtins.int
     LOCAL_TENSORS_FIELD_NUMBER: _builtins.int
     STRATEGY_STATE_FIELD_NUMBER: _builtins.int
+    PERSONAL_TENSORS_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     round: _builtins.int
     plan_json: _builtins.str
@@ -698,6 +699,12 @@ class TrainTask(_message.Message):
         while there is none.
         """
 
+    @_builtins.property
+    def personal_tensors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tensors of the model of which the site goes on with its own, as its round before left them; the update has
+        them too (FedImpres with local_norm).
+        """
+
     def __init__(
         self,
         *,
@@ -710,10 +717,11 @@ class TrainTask(_message.Message):
         objective_options_json: _builtins.str = ...,
         local_tensors: _abc.Iterable[_builtins.str] | None = ...,
         strategy_state: _tensor_pb2.ArtifactRef | None = ...,
+        personal_tensors: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["impressions", b"impressions", "model", b"model", "strategy_state", b"strategy_state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["impressions", b"impressions", "local_tensors", b"local_tensors", "model", b"model", "objective", b"objective", "objective_options_json", b"objective_options_json", "plan_json", b"plan_json", "round", b"round", "run", b"run", "strategy_state", b"strategy_state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["impressions", b"impressions", "local_tensors", b"local_tensors", "model", b"model", "objective", b"objective", "objective_options_json", b"objective_options_json", "personal_tensors", b"personal_tensors", "plan_json", b"plan_json", "round", b"round", "run", b"run", "strategy_state", b"strategy_state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -728,6 +736,7 @@ class EvaluateTask(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     PLAN_JSON_FIELD_NUMBER: _builtins.int
     LOCAL_TENSORS_FIELD_NUMBER: _builtins.int
+    PERSONAL_TENSORS_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     round: _builtins.int
     plan_json: _builtins.str
@@ -735,6 +744,8 @@ class EvaluateTask(_message.Message):
     def model(self) -> _tensor_pb2.ArtifactRef: ...
     @_builtins.property
     def local_tensors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def personal_tensors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -743,10 +754,11 @@ class EvaluateTask(_message.Message):
         model: _tensor_pb2.ArtifactRef | None = ...,
         plan_json: _builtins.str = ...,
         local_tensors: _abc.Iterable[_builtins.str] | None = ...,
+        personal_tensors: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["local_tensors", b"local_tensors", "model", b"model", "plan_json", b"plan_json", "round", b"round", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["local_tensors", b"local_tensors", "model", b"model", "personal_tensors", b"personal_tensors", "plan_json", b"plan_json", "round", b"round", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

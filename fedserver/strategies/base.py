@@ -162,6 +162,14 @@ class Strategy(ABC):
         """
         return ()
 
+    def personal_tensors(self, names: Sequence[str], norm_names: Collection[str]) -> tuple[str, ...]:
+        """Which of the model's tensors each site trains and evaluates in a version of its own, though they are sent
+        and merged like all others: the coordinator's model is whole, and each site's is its own.
+
+        Arguments as in `local_tensors`; no tensor is in both.
+        """
+        return ()
+
     def update_extras(self, specs: Sequence[TensorSpec], parameters: Collection[str]) -> list[TensorSpec]:
         """What a site's update holds beside the model's tensors; every name begins with `EXTRA_PREFIX`.
 

@@ -11,6 +11,7 @@ stationarity term (`fedimpres_paper` is that method as published); Yin et al. 20
 2021, logit adjustment, arXiv:2007.07314.
 """
 
+from collections.abc import Collection, Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -26,6 +27,9 @@ class FedImpresOptions(StrategyOptions, SynthesisOptions):
     The sites' options are those of the objective `impressions` (`fedagent/objectives/impressions.py`).
     """
 
+    # Each site trains and evaluates with normalisation layers of its own (Li et al. 2021, FedBN, arXiv:2102.07623), for
+    # sites whose cameras, stains or scanners differ. They are sent as well: impressions are made through their mean.
+    local_norm: bool = False
     ratio: float = Field(1.0, ge=0, le=16)
     sampling: Literal["uniform", "lack"] = "lack"
     batchnorm: Literal["shared", "separate", "frozen_global"] = "shared"
@@ -44,7 +48,9 @@ class FedImpresOptions(StrategyOptions, SynthesisOptions):
 LOCAL_OPTIONS = tuple(
     name
     for name in FedImpresOptions.model_fields
-    if name not in SynthesisOptions.model_fields and name not in StrategyOptions.model_fields
+    if name not in SynthesisOptions.model_fields
+    and name not in StrategyOptions.model_fields
+    and name != "local_norm"
 )
 
 
@@ -64,6 +70,10 @@ class FedImpres(Strategy):
     def objective_options(self) -> PlanOptions:
         """Weights, sampling and normalisation at the sites."""
         return {name: getattr(self.options, name) for name in LOCAL_OPTIONS}
+
+    def personal_tensors(self, names: Sequence[str], norm_names: Collection[str]) -> tuple[str, ...]:
+        """Every tensor of a normalisation layer, in the model's order, with `local_norm`."""
+        return tuple(name for name in names if name in norm_names) if self.options.local_norm else ()
 
     @property
     def synthesis(self) -> SynthesisOptions | None:

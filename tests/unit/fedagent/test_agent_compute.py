@@ -46,6 +46,7 @@ def site(tmp_path):
         "objective": "cross_entropy",
         "objective_options": {},
         "local_tensors": [],
+        "personal_tensors": [],
         "check_impressions": True,
         "state": str(tmp_path / "state"),
         "out": str(tmp_path / "update"),
@@ -57,7 +58,7 @@ def silent():
 
 
 def scoring(site, **changes):
-    keys = ("data", "compute", "plan", "site", "run", "model", "local_tensors", "state")
+    keys = ("data", "compute", "plan", "site", "run", "model", "local_tensors", "personal_tensors", "state")
     return {**{key: site[key] for key in keys}, "share_class_metrics": False, **changes}
 
 
@@ -137,6 +138,19 @@ def test_tensors_kept_at_the_site_are_used_in_its_evaluation(site, tmp_path):
     without = compute.evaluate(scoring(site, model=str(tmp_path / "next")), silent())
     assert ours["splits"] == assembled["splits"]
     assert ours["splits"] != without["splits"]
+
+
+def test_personal_tensors_are_used_in_the_evaluation_of_the_site(site, tmp_path):
+    personal = norm_tensor_names(build_model(PLAN.model))
+    compute = AgentCompute()
+    compute.train({**site, "personal_tensors": personal}, silent())
+    own = load_tensors(tmp_path / "update")
+    first = load_tensors(tmp_path / "model")
+    assert set(own) == set(first)
+    save_state(tmp_path / "assembled", first | {name: own[name] for name in personal})
+    ours = compute.evaluate(scoring(site, personal_tensors=personal), silent())
+    assembled = compute.evaluate(scoring(site, model=str(tmp_path / "assembled")), silent())
+    assert ours["splits"] == assembled["splits"] != compute.evaluate(scoring(site), silent())["splits"]
 
 
 def test_noop_needs_no_data(site, tmp_path):

@@ -326,7 +326,8 @@ def test_the_site_decides_and_its_report_says_what_was_found(tmp_path):
         "data": {"kind": "npz", "path": str(tmp_path / "data.npz")}, "compute": {"device": "cpu", "threads": 1},
         "plan": PLAN.to_json(), "site": "site-a", "run": "r1", "round": 1, "model": str(request.model),
         "impressions": str(bank), "strategy_state": None, "objective": "impressions", "objective_options": {},
-        "local_tensors": [], "check_impressions": True, "state": str(tmp_path / "state"), "out": str(request.out),
+        "local_tensors": [], "personal_tensors": [],
+        "check_impressions": True, "state": str(tmp_path / "state"), "out": str(request.out),
     }  # fmt: skip
     compute = AgentCompute()
     found = ImpressionCheck.model_validate(compute.train(args, silent())["report"]["impression_check"])

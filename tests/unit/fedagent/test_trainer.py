@@ -19,6 +19,7 @@ from fedcore.models import build_model
 from fedcore.models.base import norm_tensor_names
 from fedcore.models.state_file import load_tensors, save_state
 from fedcore.plan import Plan
+from fedserver.decoding import read_update
 
 CLASSES = 3
 
@@ -232,6 +233,31 @@ def test_local_tensors_stay_and_a_repeated_round_repeats_itself(tmp_path, device
     assert all(torch.equal(kept_second[name], kept_again[name]) for name in local)
     assert not torch.equal(kept["norm1.running_mean"], kept_second["norm1.running_mean"])
     assert play(1)[0] == first
+
+
+@pytest.mark.parametrize("updates", ["lossless", "int8"])
+def test_personal_tensors_are_sent_and_the_site_goes_on_with_its_own(tmp_path, device, updates):
+    plan = plan_for(rounds=5)
+    plan = plan.model_copy(update={"transfer": plan.transfer.model_copy(update={"updates": updates})})
+    personal = tuple(norm_tensor_names(build_model(plan.model)))
+    images = ResidentImages.of(labelled(24), device)
+    state = LocalState(tmp_path / "state")
+    train(ask(tmp_path, plan, personal_tensors=personal), images, device, silent())
+    own = state.newest()
+    assert set(own) == set(personal)
+    # The next global model's layers are far from the site's; what it trains starts from its own all the same.
+    received = load_tensors(tmp_path / "model")
+    moved = {name: tensor + 50 if name.startswith("norm") else tensor for name, tensor in received.items()}
+    save_state(tmp_path / "moved", moved)
+    request = ask(tmp_path, plan, personal_tensors=personal, round=2, model=tmp_path / "moved")
+    train(request, images, device, silent())
+    arrived = read_update(request.out, request.model, plan.transfer)
+    kept = state.newest()
+    assert set(arrived) == set(moved)
+    for name in personal:
+        if kept[name].is_floating_point():
+            assert torch.allclose(arrived[name], kept[name], atol=0 if updates == "lossless" else 0.5)
+            assert (kept[name] - own[name]).abs().max() < 25
 
 
 def test_proximal_stays_nearer_the_global_model(tmp_path, device):

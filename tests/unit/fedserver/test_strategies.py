@@ -79,6 +79,15 @@ def test_fedbn_keeps_normalisation_at_the_sites():
     assert load_strategy(plan()).local_tensors(names, norm_tensor_names(model)) == ()
 
 
+def test_fedimpres_gives_each_site_its_own_normalisation_if_asked():
+    model = build_model(plan().model)
+    names, norms = list(model.state_dict()), norm_tensor_names(model)
+    own = load_strategy(plan("fedimpres", local_norm=True))
+    assert own.personal_tensors(names, norms) == tuple(norms)
+    assert own.local_tensors(names, norms) == ()
+    assert load_strategy(plan("fedimpres")).personal_tensors(names, norms) == ()
+
+
 def test_an_unknown_strategy_names_the_known():
     with pytest.raises(PlanError, match=r"'fedagv' is unknown.*fedavg.*fedimpres"):
         load_strategy(plan("fedagv"))

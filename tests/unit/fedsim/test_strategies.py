@@ -47,6 +47,21 @@ def test_what_is_kept_between_rounds_is_the_same_bits_again(
     assert len(set(states[0])) == (3 if strategy in {"fedopt", "scaffold"} else 1)
 
 
+def test_sites_score_and_go_on_with_their_own_normalisation(
+    federation: Federation, make_plan: MakePlan
+) -> None:
+    shared, own = (
+        fedsim.run(make_plan(strategy="fedimpres", strategy_options={"local_norm": local_norm}), federation)
+        for local_norm in (False, True)
+    )
+    # The first round's updates are the same, and so is their mean: only what a site scores and goes on with differs.
+    assert own.records[0].model == shared.records[0].model
+    assert own.records[0].accuracy != shared.records[0].accuracy
+    assert own.records[1].model != shared.records[1].model
+    assert own.state == "DONE"
+    assert all(value is not None for value in own.forgetting.values())
+
+
 def test_strategies_differ(federation: Federation, make_plan: MakePlan) -> None:
     models = {
         name: fedsim.run(make_plan(strategy=name), federation, forgetting_rounds=0).model_digest
