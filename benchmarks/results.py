@@ -35,7 +35,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stages", nargs="+", choices=["tune", "main", "ablations", "full", "page", "quick"])
+    parser.add_argument(
+        "stages", nargs="+", choices=["tune", "main", "ablations", "recalibrated", "full", "page", "quick"]
+    )
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the npz files")
     parser.add_argument(
         "--scratch", type=Path, default=ROOT / "results-out", help="models and banks of the runs"
@@ -115,6 +117,18 @@ class Study:
             for name, change in study.ABLATIONS.items()
         ]
         self._run(specs)
+
+    def recalibrated(self) -> None:
+        """Those that the claims are about, with BatchNorm statistics measured after each merge."""
+        self._run(
+            [
+                self._spec(task, name, seed, settings, ablation=study.RECALIBRATED)
+                for seed in self._wanted_seeds(study.SEEDS)
+                for task in self._wanted_tasks(study.RECALIBRATED_TASKS)
+                for name, settings in study.RECALIBRATED_SETTINGS.items()
+                if self._wanted((name,))
+            ]
+        )
 
     def full(self) -> None:
         """All images and 40 rounds."""
