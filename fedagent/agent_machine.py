@@ -22,7 +22,7 @@ class Task:
     `inputs` names what it starts from: a coordinator restored from a backup may ask for a round again, from another model.
     """
 
-    kind: str  # "train" or "evaluate"
+    kind: str  # "train", "recalibrate" or "evaluate"
     run: str
     round: int
     inputs: str = ""

@@ -155,6 +155,16 @@ class SiteAudit:
         digest = hashlib.sha256(body).hexdigest()
         await self.event("figures.send", f"figures/{digest}", bytes=len(body), **purpose.detail)
 
+    async def statistics(self, report: federation_pb2.StatisticsReport) -> None:
+        """Record BatchNorm statistics that are about to leave."""
+        purpose = Purpose("statistics", report.run, report.round)
+        await self.event(
+            "statistics.send",
+            f"artifact/{report.manifest.digest}",
+            bytes=len(report.payload),
+            **purpose.detail,
+        )
+
     async def log_lines(self, lines: federation_pb2.LogLines) -> None:
         """Record lines of this agent's log that are about to leave, or that they were refused."""
         body = lines.SerializeToString(deterministic=True)

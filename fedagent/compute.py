@@ -1,6 +1,7 @@
 """The agent's compute process: `python -m fedagent.compute`. Commands are in docs/design.md."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from fedagent.config import ComputeConfig
 from fedagent.local_state import LocalState
 from fedagent.noop import train_noop
 from fedagent.objectives import objective_names
+from fedagent.recalibration import measure_statistics
 from fedagent.site_images import SiteImages, open_site_dataset
 from fedagent.trainer import TrainRequest, load_model, train, with_own
 from fedcore.compute_worker import Handler, Job, serve
@@ -17,8 +19,9 @@ from fedcore.data import dataset_names
 from fedcore.device import ComputeDevice, open_device
 from fedcore.evaluation import evaluate
 from fedcore.models import learns_from_images, model_names
-from fedcore.models.state_file import load_tensors
-from fedcore.plan import plan_from_json
+from fedcore.models.base import FederatedModel
+from fedcore.models.state_file import load_tensors, save_state
+from fedcore.plan import Plan, plan_from_json
 
 
 class AgentCompute:
@@ -29,7 +32,12 @@ class AgentCompute:
 
     def handlers(self) -> dict[str, Handler]:
         """Commands by name."""
-        return {"describe": self.describe, "train": self.train, "evaluate": self.evaluate}
+        return {
+            "describe": self.describe,
+            "train": self.train,
+            "recalibrate": self.recalibrate,
+            "evaluate": self.evaluate,
+        }
 
     def describe(self, args: dict[str, Any], job: Job) -> dict[str, Any]:
         """What this site can do.
@@ -86,6 +94,20 @@ class AgentCompute:
         report |= {"threads": device.threads, "device": device.kind, "corrupt_images": corrupt}
         return {"digest": digest, "report": report}
 
+    def recalibrate(self, args: dict[str, Any], job: Job) -> dict[str, Any]:
+        """Write what the global model's BatchNorm layers see of the training images to `out`.
+
+        Raises DataError, LearningError, StorageError, TensorMismatchError.
+        """
+        began = time.monotonic()
+        device = _device(args)
+        plan = plan_from_json(args["plan"])
+        _, images = self._images.get(args["data"], plan, device)
+        model = _global_model(args, plan, device, args["local_tensors"])
+        found = measure_statistics(model, images, plan, job, f"{args['site']} round {args['round']}")
+        digest = save_state(Path(args["out"]), found)
+        return {"digest": digest, "num_examples": len(images), "seconds": time.monotonic() - began}
+
     def evaluate(self, args: dict[str, Any], job: Job) -> dict[str, Any]:
         """Score the global model, with the tensors that a strategy keeps here, on what is held out.
 
@@ -99,15 +121,22 @@ class AgentCompute:
         if learns_from_images(plan.model.name):
             site, _ = self._images.get(args["data"], plan, device)
             own_tensors = (*args["local_tensors"], *args["personal_tensors"])
-            own = LocalState(Path(args["state"])).newest() if own_tensors else None
-            state = with_own(load_tensors(Path(args["model"])), own_tensors, own)
-            model = load_model(plan, state, device, args["site"])
+            model = _global_model(args, plan, device, own_tensors)
             per_class = bool(args["share_class_metrics"])
             for split, images in (("validation", site.validation), ("test", site.test)):
                 if len(images):
                     found = evaluate(model, images, plan, device.device, per_class=per_class, check=job.check)
                     splits.append({"split": split, **asdict(found)})
         return {"splits": splits, "seconds": time.monotonic() - began}
+
+
+def _global_model(
+    args: dict[str, Any], plan: Plan, device: ComputeDevice, own_tensors: Sequence[str]
+) -> FederatedModel:
+    """The global model, with this site's version of `own_tensors` where it has one."""
+    own = LocalState(Path(args["state"])).newest() if own_tensors else None
+    state = with_own(load_tensors(Path(args["model"])), own_tensors, own)
+    return load_model(plan, state, device, args["site"])
 
 
 def _device(args: dict[str, Any]) -> ComputeDevice:

@@ -232,6 +232,8 @@ class AgentDriver:
             match message.WhichOneof("message"):
                 case "evaluation":
                     await self._audit.figures(message.evaluation)
+                case "statistics":
+                    await self._audit.statistics(message.statistics)
                 case "log_lines":
                     await self._audit.log_lines(message.log_lines)
             told.add(message.ByteSize())
@@ -242,6 +244,9 @@ class AgentDriver:
             case "train":
                 train = directive.train
                 self._ask(Task("train", train.run, train.round, inputs_of(train)), directive)
+            case "recalibrate":
+                measure = directive.recalibrate
+                self._ask(Task("recalibrate", measure.run, measure.round, measure.model.digest), directive)
             case "evaluate":
                 evaluate = directive.evaluate
                 self._ask(Task("evaluate", evaluate.run, evaluate.round, evaluate.model.digest), directive)
@@ -316,6 +321,8 @@ class AgentDriver:
         try:
             if task.kind == "train":
                 await self._tasks.train(directive.train)
+            elif task.kind == "recalibrate":
+                await self._tasks.recalibrate(directive.recalibrate)
             else:
                 await self._tasks.evaluate(directive.evaluate)
             completed = True
@@ -335,7 +342,11 @@ class AgentDriver:
 
     def _fail(self, task: Task, reason: str) -> None:
         failed = federation_pb2.TaskFailed(
-            run=task.run, round=task.round, reason=wire_text(reason, 2000), evaluating=task.kind == "evaluate"
+            run=task.run,
+            round=task.round,
+            reason=wire_text(reason, 2000),
+            evaluating=task.kind == "evaluate",
+            recalibrating=task.kind == "recalibrate",
         )
         self.send(federation_pb2.AgentMessage(failed=failed))
 
@@ -351,6 +362,7 @@ class AgentDriver:
         said = federation_pb2.Capabilities()
         said.CopyFrom(self._found)
         said.knows_read_log = self._shared_log is not None
+        said.knows_recalibrate = True
         said.unavailable_reason = wire_text(self._refusal, 1000) or self._found.unavailable_reason
         return said
 

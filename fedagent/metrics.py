@@ -70,7 +70,7 @@ class AgentMetrics:
         self._connected.set(status.connected)
         self._contact.set(0.0 if status.connected else max(0.0, (now - status.since).total_seconds()))
         self._takes_work.set(not status.refusal)
-        for kind in ("train", "evaluate"):
+        for kind in ("train", "recalibrate", "evaluate"):
             self._task.labels(kind).set(working is not None and working.kind == kind)
         self._speed_shown.set(self._speed if working is not None and working.kind == "train" else 0.0)
         transfers = self._seen.transfers

@@ -1,4 +1,4 @@
-"""Performs the tasks that the coordinator asks for: fetch, train, deliver; or fetch, evaluate, report."""
+"""Performs the tasks that the coordinator asks for: fetch, train, deliver; or fetch, measure or evaluate, report."""
 
 import asyncio
 import contextlib
@@ -28,6 +28,8 @@ from fedcore.errors import (
 from fedcore.impression_check import ImpressionCheck
 from fedcore.memory import give_back_freed
 from fedcore.parsing import parse_json
+from fedcore.tensor_file import TensorManifest, read_manifest
+from fedcore.tensor_stream import manifest_to_proto
 from fedcore.text import wire_text
 from fedcore.v1 import federation_pb2
 
@@ -115,19 +117,45 @@ class Tasks:
                     )
         except (FedimpresError, OSError) as error:
             self._drop(task)
-            self._failed(task.run, task.round, error, evaluating=False)
+            self._failed(task.run, task.round, error)
+
+    async def recalibrate(self, task: federation_pb2.RecalibrateTask) -> None:
+        """Measure BatchNorm statistics and report them. Whatever goes wrong is told to the coordinator."""
+        out = self._store.new_path()
+        try:
+            model = await self._model_of(task)
+            result = await self._compute_within_hours(
+                "recalibrate",
+                {
+                    **self._common(task.plan_json, task.run),
+                    "round": task.round,
+                    "model": str(model),
+                    "local_tensors": list(task.local_tensors),
+                    "out": str(out),
+                },
+                self._forward(task.run, task.round),
+            )
+            manifest, payload = await asyncio.to_thread(_read_tensors, out)
+        except (FedimpresError, OSError) as error:
+            self._failed(task.run, task.round, error, recalibrating=True)
+            return
+        finally:
+            out.unlink(missing_ok=True)
+        report = federation_pb2.StatisticsReport(
+            run=task.run,
+            round=task.round,
+            model=task.model.digest,
+            num_examples=result["num_examples"],
+            manifest=manifest_to_proto(manifest, result["digest"]),
+            payload=payload,
+            seconds=result["seconds"],
+        )
+        self._send(federation_pb2.AgentMessage(statistics=report))
 
     async def evaluate(self, task: federation_pb2.EvaluateTask) -> None:
         """Evaluate and report. Whatever goes wrong is told to the coordinator."""
         try:
-            self._check_allowed(task.plan_json, objective=None, has_impressions=False)
-            self._forget_other_runs(task.run)
-            self._forget_rounds(task.run, task.round + 1, task.model.digest)
-            model = await self._transfers.fetch(
-                task.model,
-                self._reporter(task.run, task.round, "fetching"),
-                Purpose("model", task.run, task.round),
-            )
+            model = await self._model_of(task)
             result = await self._compute_within_hours(
                 "evaluate",
                 {
@@ -149,6 +177,17 @@ class Tasks:
             seconds=result["seconds"],
         )
         self._send(federation_pb2.AgentMessage(evaluation=report))
+
+    async def _model_of(self, task: federation_pb2.RecalibrateTask | federation_pb2.EvaluateTask) -> Path:
+        """The merged model of a task that follows an update, if the site's policy allows the task."""
+        self._check_allowed(task.plan_json, objective=None, has_impressions=False)
+        self._forget_other_runs(task.run)
+        self._forget_rounds(task.run, task.round + 1, task.model.digest)
+        return await self._transfers.fetch(
+            task.model,
+            self._reporter(task.run, task.round, "fetching"),
+            Purpose("model", task.run, task.round),
+        )
 
     async def _train_and_deliver(self, task: federation_pb2.TrainTask) -> None:
         record_path = self._record_path(task.run, task.round)
@@ -275,7 +314,13 @@ class Tasks:
         return said
 
     def _failed(
-        self, run: str, round_number: int, error: FedimpresError | OSError, *, evaluating: bool
+        self,
+        run: str,
+        round_number: int,
+        error: FedimpresError | OSError,
+        *,
+        evaluating: bool = False,
+        recalibrating: bool = False,
     ) -> None:
         self._transfers.forget_partial()  # perhaps what filled the disk
         log.error(
@@ -283,11 +328,16 @@ class Tasks:
             run=run,
             round=round_number,
             evaluating=evaluating,
+            recalibrating=recalibrating,
             code=code_of(error),
             error=str(error),
         )
         failed = federation_pb2.TaskFailed(
-            run=run, round=round_number, reason=wire_text(str(error), 2000), evaluating=evaluating
+            run=run,
+            round=round_number,
+            reason=wire_text(str(error), 2000),
+            evaluating=evaluating,
+            recalibrating=recalibrating,
         )
         self._send(federation_pb2.AgentMessage(failed=failed))
 
@@ -336,6 +386,12 @@ class Tasks:
 def inputs_of(task: federation_pb2.TrainTask) -> str:
     """What a training starts from, by digest."""
     return ",".join((task.model.digest, task.impressions.digest, task.strategy_state.digest))
+
+
+def _read_tensors(path: Path) -> tuple[TensorManifest, bytes]:
+    """A tensor file's manifest and payload. Raises StorageError, OSError."""
+    manifest, start = read_manifest(path)
+    return manifest, path.read_bytes()[start:]
 
 
 def _log_check(run: str, round_number: int, found: dict[str, Any] | None) -> None:

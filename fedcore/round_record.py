@@ -53,6 +53,18 @@ class UpdateScores(BaseModel):
     note: str = ""
 
 
+class RecalibrationFigures(BaseModel):
+    """BatchNorm statistics measured after the round's merge: training images that each site measured on."""
+
+    model_config = ConfigDict(frozen=True)
+
+    num_examples: dict[str, int] = {}
+    # Sites whose statistics are not in the model, with the reason.
+    left_out: dict[str, str] = {}
+    # Why the model kept the statistics that it was merged with; empty if it did not.
+    note: str = ""
+
+
 class RoundRecord(BaseModel):
     """One finished round. Counts are of sites; accuracies are shares in [0, 1]; `*_s` are seconds."""
 
@@ -79,6 +91,8 @@ class RoundRecord(BaseModel):
     impressions: ImpressionFigures = ImpressionFigures()
     # Null unless the plan has evaluation.updates_data.
     update_scores: UpdateScores | None = None
+    # Null unless the run measures BatchNorm statistics anew after each merge.
+    recalibration: RecalibrationFigures | None = None
     phases_s: dict[str, float] = {}
     seconds: float = 0.0
     bytes_up: int = 0

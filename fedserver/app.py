@@ -81,6 +81,7 @@ from fedserver.services.membership import MembershipService
 from fedserver.services.operations import OperationsService
 from fedserver.services.sites import SitesService
 from fedserver.site_purges import SitePurges
+from fedserver.statistics_intake import StatisticsIntake
 from fedserver.strategies import makes_impressions
 from fedserver.terms import Terms
 from fedserver.tokens import Tokens
@@ -340,6 +341,7 @@ async def _start_servers(
         driver,
         parts.roster,
         deliveries,
+        StatisticsIntake(driver, parts.store, parts.pool),
         parts.registry,
         parts.pool,
         parts.turns,

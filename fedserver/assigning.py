@@ -6,9 +6,10 @@ from fedcore.artifact_store import ArtifactStore
 from fedcore.clock import Clock
 from fedcore.tensor_file import read_manifest
 from fedcore.v1 import federation_pb2
-from fedserver.directives import evaluate_directive, stop_directive, train_directive
+from fedserver.directives import evaluate_directive, recalibrate_directive, stop_directive, train_directive
+from fedserver.recalibration import Recalibrate
 from fedserver.roster import Assignment, Roster, Session
-from fedserver.round_machine import Train
+from fedserver.round_machine import Evaluate, Train
 from fedserver.round_state import RunState
 
 StateOf = Callable[[str], RunState | None]
@@ -72,7 +73,9 @@ class Assigning:
 
     def _directive(self, state: RunState, command: Assignment) -> federation_pb2.Directive:
         model_bytes = self._payload_bytes(command.model)
-        if not isinstance(command, Train):
+        if isinstance(command, Recalibrate):
+            return recalibrate_directive(state, command, model_bytes)
+        if isinstance(command, Evaluate):
             return evaluate_directive(state, command, model_bytes)
         impressions_bytes = self._payload_bytes(command.impressions) if command.impressions else 0
         state_bytes = self._payload_bytes(command.strategy_state) if command.strategy_state else 0
@@ -88,6 +91,8 @@ class Assigning:
             return state is None or state.finished < session.assignment.round
         if isinstance(session.assignment, Train):
             return session.site not in current.reported
+        if isinstance(session.assignment, Recalibrate):
+            return session.site not in current.statistics
         return session.site not in current.evaluations
 
     def _payload_bytes(self, digest: str) -> int:
@@ -97,4 +102,4 @@ class Assigning:
 def _all_but_site(command: Assignment) -> tuple[object, ...]:
     if isinstance(command, Train):
         return command.round, command.attempt, command.model, command.impressions, command.strategy_state
-    return command.round, command.model
+    return type(command), command.round, command.model

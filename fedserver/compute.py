@@ -20,7 +20,7 @@ from fedcore.digest import is_intact
 from fedcore.errors import ConfigError, FedimpresError, PlanError, TensorMismatchError
 from fedcore.evaluation import evaluate
 from fedcore.models import build_model
-from fedcore.models.base import FederatedModel, norm_tensor_names
+from fedcore.models.base import FederatedModel, batch_norm_layers, norm_tensor_names, statistic_names
 from fedcore.models.state_file import load_tensors, save_state, specs_of
 from fedcore.plan import ModelSection, Plan, plan_from_json
 from fedcore.seeding import derive_seed
@@ -31,6 +31,7 @@ from fedserver.config import ComputeConfig
 from fedserver.late_updates import LateFile
 from fedserver.merging import merge_round
 from fedserver.own_images import OwnImages, read_scoring_images, read_test_images
+from fedserver.statistics_pool import recalibrate
 from fedserver.strategies import load_strategy
 from fedserver.strategies.base import MergeRequest, SiteReport, SiteUpdate, Strategy
 from fedserver.synthesis.bank import Bank, bank_bytes
@@ -54,6 +55,7 @@ class ServerCompute:
             "initialise": self.initialise,
             "measure": self.measure,
             "aggregate": self.aggregate,
+            "pool_statistics": self.pool_statistics,
             "synthesise": self.synthesise,
             "evaluate": self.evaluate,
             "score_updates": self.score_updates,
@@ -63,7 +65,8 @@ class ServerCompute:
         """Write the run's first model: drawn from the plan's seed, or read from `initial`.
 
         Raises PlanError if the strategy or the model is unknown, TensorMismatchError if the initial model is
-        not of the plan's architecture, StorageError if it is damaged.
+        not of the plan's architecture, StorageError if it is damaged. PlanError also if statistics can't be measured anew
+        where the strategy's options ask for it.
         """
         plan = plan_from_json(args["plan"])
         _device(args)
@@ -77,6 +80,7 @@ class ServerCompute:
         layout = _layout_of(model)
         local = strategy.local_tensors(layout.names, layout.norm_names)
         sent = [spec for spec in layout.specs if spec.name not in local]
+        measured = strategy.statistics_to_measure(plan, layout.statistics, local)
         return {
             "digest": save_state(Path(args["out"]), state),
             "update_tensors": [
@@ -90,6 +94,7 @@ class ServerCompute:
             "shares_state": strategy.shares_state,
             "synthesises_once": strategy.synthesises_once,
             "overlaps": strategy.synthesis is not None and strategy.synthesis.overlap,
+            "statistic_tensors": [[spec.name, spec.dtype, list(spec.shape)] for spec in measured],
         }
 
     def measure(self, args: dict[str, Any], job: Job) -> dict[str, Any]:
@@ -108,6 +113,7 @@ class ServerCompute:
         local = strategy.local_tensors(layout.names, layout.norm_names)
         sent = [spec for spec in layout.specs if spec.name not in local]
         update = coded_specs([*sent, *_extras(strategy, layout)], plan.transfer)
+        recalibrates = bool(strategy.statistics_to_measure(plan, layout.statistics, local))
         state = strategy.state_specs(layout.specs, layout.parameters)
         bank = 0 if strategy.synthesis is None else bank_bytes(plan, model.head.in_features)
         return {
@@ -120,6 +126,7 @@ class ServerCompute:
             "synthesises_once": strategy.synthesises_once,
             "overlaps": strategy.synthesis is not None and strategy.synthesis.overlap,
             "averages": strategy.options.ema > 0,
+            "recalibrates": recalibrates,
         }  # fmt: skip
 
     def aggregate(self, args: dict[str, Any], job: Job) -> dict[str, Any]:
@@ -183,6 +190,19 @@ class ServerCompute:
                 strategy, request, previous=_path(args["released"]), out=released_out
             ),
         }
+
+    def pool_statistics(self, args: dict[str, Any], job: Job) -> dict[str, Any]:
+        """Put the statistics that sites measured on a model into it. Raises as `recalibrate`."""
+        plan = plan_from_json(args["plan"])
+        _device(args)
+        measured = [
+            (SiteReport.of(found["site"], found["report"]), Path(found["path"]))
+            for found in args["statistics"]
+        ]
+        found = recalibrate(
+            Path(args["model"]), measured, load_strategy(plan), plan, int(args["round"]), Path(args["out"])
+        )
+        return {"digest": found.digest, "rejected": dict(found.rejected)}
 
     def synthesise(self, args: dict[str, Any], job: Job) -> dict[str, Any]:
         """Make a bank of impressions; none, with digest null and the reason as note, while it's too early.
@@ -306,6 +326,8 @@ class _Layout:
     names: tuple[str, ...]
     norm_names: frozenset[str]
     parameters: frozenset[str]
+    # Stored means and variances of BatchNorm layers.
+    statistics: tuple[TensorSpec, ...]
 
 
 @lru_cache(maxsize=8)
@@ -317,11 +339,14 @@ def _layout(model_section: str) -> _Layout:
 
 def _layout_of(model: FederatedModel) -> _Layout:
     state = model.state_dict()
+    specs = tuple(specs_of(state))
+    stored = {name for layer in batch_norm_layers(model) for name in statistic_names(layer)}
     return _Layout(
-        specs=tuple(specs_of(state)),
+        specs=specs,
         names=tuple(state),
         norm_names=frozenset(norm_tensor_names(model)),
         parameters=frozenset(name for name, p in model.named_parameters() if p.requires_grad),
+        statistics=tuple(spec for spec in specs if spec.name in stored),
     )
 
 

@@ -21,6 +21,7 @@ from fedcore.plan_forecast import Sizes
 from fedserver import round_events as ev
 from fedserver.directives import initialised_event
 from fedserver.forecast import Measure
+from fedserver.recalibration import PoolStatistics
 from fedserver.round_machine import (
     Aggregate,
     EvaluateHere,
@@ -37,7 +38,7 @@ _MEASURE_WAIT_S = 45.0
 _MEASURED = 32
 log = structlog.get_logger(__name__)
 
-ComputeCommand = Initialise | Aggregate | Synthesise | EvaluateHere | ScoreUpdates
+ComputeCommand = Initialise | Aggregate | PoolStatistics | Synthesise | EvaluateHere | ScoreUpdates
 
 
 class ComputeWork:
@@ -101,6 +102,8 @@ class ComputeWork:
                     return initialised_event(result, self._clock.wall())
                 case Aggregate():
                     return await self._aggregate(state, command, plan, out, on_progress)
+                case PoolStatistics():
+                    return await self._pool_statistics(state, command, plan, out, on_progress)
                 case Synthesise():
                     result = await self._run(
                         "synthesise", on_progress, plan=plan, round=command.round,
@@ -190,6 +193,22 @@ class ComputeWork:
             folded=result["folded"],
         )
 
+    async def _pool_statistics(
+        self, state: RunState, command: PoolStatistics, plan: str, out: Path, on_progress: Progress
+    ) -> ev.Event:
+        measured = [
+            {"site": site, "path": str(self._store.find(digest)), "report": report.model_dump()}
+            for site, digest, report in command.statistics
+        ]
+        result = await self._run(
+            "pool_statistics", on_progress, plan=plan, round=command.round,
+            model=str(self._store.find(command.model)), statistics=measured, out=str(out),
+        )  # fmt: skip
+        await self._adopt(state.run, out, result["digest"])
+        return ev.ModelRecalibrated(
+            at=self._clock.wall(), round=command.round, model=result["digest"], rejected=result["rejected"]
+        )
+
     async def _adopt(self, run: str, path: Path, digest: str) -> None:
         """Store what the compute process wrote."""
         self.unrecorded[digest] = run
@@ -265,6 +284,10 @@ class ComputeWork:
                 return ev.RunFinished(at=at, status="FAILED", reason=f"no first model: {reason}")
             case Aggregate():
                 return ev.AggregationFailed(at=at, round=command.round, reason=reason, rejected={})
+            case PoolStatistics():
+                return ev.RecalibrationSkipped(
+                    at=at, round=command.round, reason=f"statistics not pooled: {reason}"
+                )
             case Synthesise():
                 note = f"no impressions this round: {reason}"
                 return ev.SynthesisFinished(at=at, round=command.round, impressions=None, made=0, note=note)

@@ -9,6 +9,7 @@ from fedcore.text import printable
 from fedcore.v1 import federation_pb2, tensor_pb2
 from fedserver import round_events as ev
 from fedserver.impression_checks import check_from_proto
+from fedserver.recalibration import Recalibrate
 from fedserver.round_machine import Evaluate, Train
 from fedserver.round_state import RunState
 
@@ -41,6 +42,21 @@ def train_directive(
             tensor_pb2.ArtifactRef(digest=command.strategy_state, payload_bytes=state_bytes)
         )
     return federation_pb2.Directive(train=task)
+
+
+def recalibrate_directive(
+    state: RunState, command: Recalibrate, model_bytes: int
+) -> federation_pb2.Directive:
+    """Tell a site to measure the BatchNorm statistics of a model."""
+    return federation_pb2.Directive(
+        recalibrate=federation_pb2.RecalibrateTask(
+            run=state.run,
+            round=command.round,
+            model=tensor_pb2.ArtifactRef(digest=command.model, payload_bytes=model_bytes),
+            plan_json=state.plan.to_site_json(),
+            local_tensors=state.local_tensors,
+        )
+    )
 
 
 def evaluate_directive(state: RunState, command: Evaluate, model_bytes: int) -> federation_pb2.Directive:
@@ -167,4 +183,7 @@ def initialised_event(result: dict[str, Any], at: float) -> ev.RunInitialised:
         shares_state=result["shares_state"],
         synthesises_once=result["synthesises_once"],
         overlaps=result["overlaps"],
+        statistic_tensors=tuple(
+            (name, dtype, tuple(shape)) for name, dtype, shape in result["statistic_tensors"]
+        ),
     )

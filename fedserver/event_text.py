@@ -66,6 +66,14 @@ def _later_text(event: ev.Event) -> str:
         case ev.SynthesisFinished():
             made = f"made {event.made} impressions" if event.made else "made no impressions"
             return f"{made}: {event.note}" if event.note else made
+        case ev.StatisticsStored():
+            return f"measured the merged model's BatchNorm statistics on {event.num_examples} images"
+        case ev.StatisticsLetGo():
+            return f"statistics are pooled without it: {event.reason}"
+        case ev.ModelRecalibrated():
+            return f"put the sites' statistics into the model{_refused(event.rejected)}"
+        case ev.RecalibrationSkipped():
+            return f"the model keeps the statistics that it was merged with: {event.reason}"
         case ev.EvaluationReported():
             who = "" if event.site else "on the coordinator's own images: "
             return f"measured the model: {who}{', '.join(map(_metrics, event.metrics)) or 'no images'}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from fedcore.round_record import ImpressionFigures, RoundRecord, SiteFigures
+from fedcore.round_record import ImpressionFigures, RecalibrationFigures, RoundRecord, SiteFigures
 from fedserver.forgetting import update_scores
 from fedserver.round_events import Metrics
 from fedserver.round_state import Round, RunState
@@ -90,6 +90,7 @@ def round_record(state: RunState, current: Round, now: float, bytes_down: int) -
             },
         ),
         update_scores=update_scores(current.scores, state.plan.class_names) if current.scores else None,
+        recalibration=_recalibration(current) if state.statistic_tensors else None,
         phases_s=_phases(current, now, state.overlaps),
         seconds=max(0.0, now - current.opened_at),
         bytes_up=sum(u.payload_bytes for u in current.reported.values())
@@ -106,6 +107,18 @@ def round_record(state: RunState, current: Round, now: float, bytes_down: int) -
             s: u.report.model_dump(exclude={"num_impressions", "impression_check"})
             for s, u in sorted(current.reported.items())
         },
+    )
+
+
+def _recalibration(current: Round) -> RecalibrationFigures:
+    return RecalibrationFigures(
+        num_examples={
+            s: found.num_examples
+            for s, found in sorted(current.statistics.items())
+            if s not in current.not_measured
+        },
+        left_out=dict(sorted(current.not_measured.items())),
+        note=current.not_recalibrated,
     )
 
 
@@ -128,11 +141,15 @@ def _why_absent(reason: str | None) -> str:
 def _phases(current: Round, now: float, overlaps: bool) -> dict[str, float]:
     closed = current.closed_at or now
     aggregated = current.aggregated_at or closed
+    # When the model that is evaluated and synthesised through was there.
+    ready = current.recalibrated_at or aggregated
     phases = {
         "training": closed - current.opened_at,
         "aggregating": aggregated - closed,
-        "evaluating": (current.evaluated_at or aggregated) - aggregated,
+        "evaluating": (current.evaluated_at or ready) - ready,
     }
+    if current.recalibrated_at is not None:
+        phases["recalibrating"] = ready - aggregated
     if current.synthesised_at is not None:
-        phases["synthesising"] = current.synthesised_at - (current.opened_at if overlaps else aggregated)
+        phases["synthesising"] = current.synthesised_at - (current.opened_at if overlaps else ready)
     return {name: round(max(0.0, seconds), 4) for name, seconds in phases.items()}

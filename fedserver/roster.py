@@ -10,13 +10,13 @@ from fedcore.clock import Clock
 from fedcore.errors import FedimpresError, IdentityError, OverloadedError
 from fedcore.v1 import federation_pb2
 from fedserver.round_decisions import Presence, Withheld
-from fedserver.round_machine import Evaluate, Train
+from fedserver.round_machine import SiteCommand
 from fedserver.round_state import RunState
 from fedserver.suitability import unable_reason
 
 _QUEUE_DEPTH = 64
 
-Assignment = Train | Evaluate
+Assignment = SiteCommand
 
 
 @dataclass(slots=True)
@@ -177,6 +177,7 @@ class Roster:
             result[site] = Presence(
                 connected=True, unable=unable.get(site, ""), since=session.since,
                 last_progress=session.last_progress, num_examples=session.capabilities.num_examples,
+                knows_recalibration=session.capabilities.knows_recalibrate,
             )  # fmt: skip
         for site, why in withheld.items():
             known = result.get(site) or Presence(connected=False, unable="", since=0.0, last_progress=0.0)

@@ -39,6 +39,8 @@ class Presence:
     withheld: Withheld | None = None
     # Training images that it says it has; 0 if it said nothing.
     num_examples: int = 0
+    # Whether its agent can measure BatchNorm statistics.
+    knows_recalibration: bool = True
 
     @property
     def able(self) -> bool:
@@ -74,6 +76,8 @@ def decide(state: RunState, world: World) -> tuple[ev.Event, ...]:
             return _decide_opening(state, world)
         case Stage.TRAINING:
             return _decide_collection(state, world)
+        case Stage.RECALIBRATING:
+            return _decide_recalibration(state, world)
         case Stage.EVALUATING:
             return _decide_evaluation(state, world)
         case _:
@@ -81,7 +85,15 @@ def decide(state: RunState, world: World) -> tuple[ev.Event, ...]:
 
 
 # Facts that are about one site.
-_OF_ONE_SITE = ev.TaskStarted | ev.UpdateStored | ev.SiteLetGo | ev.EvaluationReported | ev.EvaluationLetGo
+_OF_ONE_SITE = (
+    ev.TaskStarted
+    | ev.UpdateStored
+    | ev.SiteLetGo
+    | ev.StatisticsStored
+    | ev.StatisticsLetGo
+    | ev.EvaluationReported
+    | ev.EvaluationLetGo
+)
 
 
 def concerned(state: RunState, events: Iterable[ev.Event]) -> frozenset[str] | None:
@@ -96,8 +108,10 @@ def concerned(state: RunState, events: Iterable[ev.Event]) -> frozenset[str] | N
     current = state.current
     if current is None or state.status.final:
         return None
-    awaited = (state.stage is Stage.TRAINING and current.collecting) or (
-        state.stage is Stage.EVALUATING and current.measuring
+    awaited = (
+        (state.stage is Stage.TRAINING and current.collecting)
+        or (state.stage is Stage.RECALIBRATING and current.recalibrating)
+        or (state.stage is Stage.EVALUATING and current.measuring)
     )
     return frozenset(sites) if awaited else None
 
@@ -222,6 +236,8 @@ def waiting_for(state: RunState, world: World) -> str:
     current = state.current
     if current is not None and state.stage is Stage.TRAINING:
         return f"round {current.number}: waiting for updates of {', '.join(current.outstanding)}"
+    if current is not None and state.stage is Stage.RECALIBRATING and current.recalibrating:
+        return f"round {current.number}: waiting for statistics of {', '.join(current.unmeasured)}"
     if current is not None and state.stage is Stage.EVALUATING and current.unevaluated:
         return f"round {current.number}: waiting for figures of {', '.join(current.unevaluated)}"
     return ""
@@ -269,6 +285,28 @@ def _decide_collection(state: RunState, world: World) -> tuple[ev.Event, ...]:
         f" ({lost})" if lost else ""
     )
     return (ev.CollectionClosed(at=world.wall, round=current.number, reason=reason),)
+
+
+def _decide_recalibration(state: RunState, world: World) -> tuple[ev.Event, ...]:
+    current = state.current
+    assert current is not None
+    late = world.now - world.stage_since > state.plan.limits.round_deadline_s
+    events: list[ev.Event] = []
+    for site in current.unmeasured:
+        presence = world.sites.get(site)
+        if late:
+            reason = "round deadline passed"
+        elif presence is not None and presence.connected and not presence.knows_recalibration:
+            reason = "its agent is of a version that measures no statistics"
+        else:
+            reason = _lost(site, state, world)
+        if reason:
+            events.append(ev.StatisticsLetGo(at=world.wall, round=current.number, site=site, reason=reason))
+    if events or current.recalibrating or len(current.statistics) >= state.plan.min_sites:
+        return tuple(events)
+    lost = "; ".join(f"{site}: {why}" for site, why in current.not_measured.items())
+    reason = f"only {len(current.statistics)} sites measured, min_sites is {state.plan.min_sites} ({lost})"
+    return (ev.RecalibrationSkipped(at=world.wall, round=current.number, reason=reason),)
 
 
 def _decide_evaluation(state: RunState, world: World) -> tuple[ev.Event, ...]:

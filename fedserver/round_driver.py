@@ -30,7 +30,7 @@ from fedserver.looks import Looks
 from fedserver.retention import drop_refused, erase_dropped, erase_purged, sweep
 from fedserver.roster import Roster
 from fedserver.round_decisions import Withheld, World, concerned, decide, waiting_for
-from fedserver.round_machine import Evaluate, Train, apply, task_of, work
+from fedserver.round_machine import SiteCommand, apply, task_of, work
 from fedserver.round_state import RunState, Stage, Status, needed, superseded
 
 _TICK_S = 0.25
@@ -418,9 +418,7 @@ class RoundDriver:
         wanted = work(state) if state is not None and sites is None else ()
         try:
             if sites is None:
-                by_site = {
-                    command.site: command for command in wanted if isinstance(command, Train | Evaluate)
-                }
+                by_site = {command.site: command for command in wanted if isinstance(command, SiteCommand)}
                 self._assigning.assign(list(self._roster.sessions), state, by_site)
             elif state is not None:
                 tasks = {site: asked for site in sites if (asked := task_of(state, site)) is not None}
@@ -431,7 +429,7 @@ class RoundDriver:
             return
         if sites is not None:
             return
-        computing = {command for command in wanted if not isinstance(command, Train | Evaluate)}
+        computing = {command for command in wanted if not isinstance(command, SiteCommand)}
         for command, task in self._computing.items():
             if command not in computing and not task.cancelling():
                 task.cancel()

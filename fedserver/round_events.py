@@ -76,6 +76,8 @@ class RunInitialised(_Event):
     # these start from, for the round after.
     synthesises_once: bool = False
     overlaps: bool = False
+    # The BatchNorm statistics that sites measure anew after each merge; none in a run that leaves them as merged.
+    statistic_tensors: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
 
 
 class RoundOpened(_Event):
@@ -161,6 +163,45 @@ class AggregationFailed(_Event):
     reason: str
     rejected: dict[str, str]
     verdicts: dict[str, UpdateVerdict] = {}
+
+
+class StatisticsStored(_Event):
+    """What the merged model's BatchNorm layers see of a site's training images is measured, checked and durable."""
+
+    kind: Literal["statistics_stored"] = "statistics_stored"
+    round: int
+    site: str
+    digest: str
+    num_examples: int
+
+
+class StatisticsLetGo(_Event):
+    """The statistics are pooled without a site."""
+
+    kind: Literal["statistics_let_go"] = "statistics_let_go"
+    round: int
+    site: str
+    reason: str
+
+
+class ModelRecalibrated(_Event):
+    """The model that is handed out is stored with the sites' pooled statistics, as `model`.
+
+    `rejected` statistics did not pass the gate, with the reason by site.
+    """
+
+    kind: Literal["model_recalibrated"] = "model_recalibrated"
+    round: int
+    model: str
+    rejected: dict[str, str] = {}
+
+
+class RecalibrationSkipped(_Event):
+    """The statistics stay as they were merged: too few sites measured theirs, or they could not be pooled."""
+
+    kind: Literal["recalibration_skipped"] = "recalibration_skipped"
+    round: int
+    reason: str
 
 
 class SynthesisFinished(_Event):
@@ -280,6 +321,10 @@ Event = Annotated[
     | CollectionClosed
     | AggregationFinished
     | AggregationFailed
+    | StatisticsStored
+    | StatisticsLetGo
+    | ModelRecalibrated
+    | RecalibrationSkipped
     | SynthesisFinished
     | EvaluationReported
     | EvaluationLetGo

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from fedcore.errors import ConflictError
+from fedserver import recalibration
 from fedserver import round_events as ev
 from fedserver.finished_round import FinishedRound
 from fedserver.impression_purges import apply_purge
 from fedserver.model_drops import apply_drop
+from fedserver.recalibration import PoolStatistics, Recalibrate
 from fedserver.round_state import Round, RunState, Stage, Status, Straggler, Update, with_item
 from fedserver.stragglers import after_round, close_collection, open_again, take_late, used_up
 from fedserver.synthesis.schedule import should_synthesise
@@ -109,7 +111,8 @@ class ScoreUpdates:
 
 # Also when the run is over.
 _AT_ANY_TIME = ev.ImpressionsPurged | ev.PurgeConfirmed | ev.ModelsDropped
-Command = Initialise | Train | Aggregate | Synthesise | Evaluate | EvaluateHere | ScoreUpdates
+SiteCommand = Train | Recalibrate | Evaluate
+Command = SiteCommand | Initialise | Aggregate | PoolStatistics | Synthesise | EvaluateHere | ScoreUpdates
 
 
 def work(state: RunState) -> tuple[Command, ...]:
@@ -125,7 +128,7 @@ def work(state: RunState) -> tuple[Command, ...]:
     return (*_round_work(state, current), *_synthesis(state, current), *late)
 
 
-def task_of(state: RunState, site: str) -> Train | Evaluate | None:
+def task_of(state: RunState, site: str) -> SiteCommand | None:
     """What `work` asks of one site."""
     if state.status not in (Status.RUNNING, Status.WAITING):
         return None
@@ -136,6 +139,9 @@ def task_of(state: RunState, site: str) -> Train | Evaluate | None:
         return None
     if state.stage is Stage.TRAINING and state.awaits_update(site, current.number):
         return _train(state, current, site)
+    if state.stage is Stage.RECALIBRATING and current.awaits_statistics(site):
+        assert current.released is not None
+        return Recalibrate(current.number, site, current.released)
     if state.stage is Stage.EVALUATING and current.awaits_figures(site):
         assert current.released is not None
         return Evaluate(current.number, site, current.released)
@@ -162,7 +168,7 @@ def _synthesis(state: RunState, current: Round) -> tuple[Synthesise, ...]:
         before = state.records[-2].model if len(state.records) > 1 else None
         model = state.released or state.model
         return (Synthesise(current.number, model, state.impressions, before),)
-    if current.released is None:
+    if current.released is None or state.stage is Stage.RECALIBRATING:
         return ()
     before = state.released or state.model
     return (Synthesise(current.number, current.released, state.impressions, before),)
@@ -194,6 +200,8 @@ def _round_work(state: RunState, current: Round) -> tuple[Command, ...]:
                 tuple(sorted(current.registered_examples.items())), late,
             ),
         )  # fmt: skip
+    if state.stage is Stage.RECALIBRATING:
+        return recalibration.recalibration_work(state, current)
     if state.stage is Stage.EVALUATING:
         released = current.released
         assert released is not None
@@ -242,6 +250,7 @@ def apply(state: RunState, event: ev.Event) -> RunState:
                 shares_state=event.shares_state,
                 synthesises_once=event.synthesises_once,
                 overlaps=event.overlaps,
+                statistic_tensors=event.statistic_tensors,
             )
             return _to_opening(initialised)
         case ev.PauseRequested():
@@ -325,6 +334,11 @@ def _apply_to_round(state: RunState, event: ev.Event) -> RunState:
                 synthesis_figures=MappingProxyType(dict(event.figures)),
             )
             return replace(state, current=changed)
+        case _ if isinstance(event, recalibration.RecalibrationEvent):
+            _expect(
+                state, state.stage is Stage.RECALIBRATING and recalibration.can_happen(current, event), event
+            )
+            return recalibration.apply_recalibration(state, current, event)
         case ev.EvaluationReported() | ev.EvaluationLetGo() | ev.UpdatesScored():
             return _measured(state, current, event)
         case _:
@@ -453,13 +467,7 @@ def _aggregated(state: RunState, current: Round, event: ev.AggregationFinished) 
         folded=event.folded,
         aggregated_at=event.at,
     )
-    return replace(
-        state,
-        current=changed,
-        late=used_up(state, changed),
-        stage=Stage.EVALUATING,
-        reason="sites evaluate the new model",
-    )
+    return recalibration.after_merge(replace(state, late=used_up(state, changed)), changed)
 
 
 def _wants_impressions(state: RunState, round_number: int) -> bool:

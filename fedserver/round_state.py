@@ -40,6 +40,7 @@ class Stage(StrEnum):
     OPENING = "waiting"
     TRAINING = "training"
     AGGREGATING = "aggregating"
+    RECALIBRATING = "recalibrating"
     EVALUATING = "evaluating"
     PAUSED = "paused"
     OVER = "over"
@@ -52,6 +53,14 @@ class Update:
     digest: str
     payload_bytes: int
     report: Report
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """A site's durable BatchNorm statistics: their artifact, and how many training images they are of."""
+
+    digest: str
+    num_examples: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +98,8 @@ class Round:
 
     Invariants: started, reported and let_go hold only registered sites; reported and let_go are disjoint; accepted and
     rejected hold only reported sites; evaluations and not_evaluated are disjoint, and hold only accepted sites and "", the
-    coordinator's own set; `model` and `released` are set exactly from the aggregation on.
+    coordinator's own set; `model` and `released` are set exactly from the aggregation on; statistics and not_measured
+    hold only accepted sites, and are disjoint until the gate refuses some.
     """
 
     number: int
@@ -119,6 +129,13 @@ class Round:
     verdicts: Mapping[str, UpdateVerdict] = field(default_factory=dict)
     merge: MergeFigures | None = None
     folded: Mapping[str, FoldedUpdate] = field(default_factory=dict)
+    # What sites measured after the merge, and why others did not. When that is over: `released` as it was merged, None if
+    # it still is that; or why it is.
+    statistics: Mapping[str, Statistics] = field(default_factory=dict)
+    not_measured: Mapping[str, str] = field(default_factory=dict)
+    recalibrated_at: float | None = None
+    merged: str | None = None
+    not_recalibrated: str = ""
     evaluations: Mapping[str, tuple[Metrics, ...]] = field(default_factory=dict)
     not_evaluated: Mapping[str, str] = field(default_factory=dict)
     # What local training did to each class, where the plan asks for it.
@@ -146,6 +163,20 @@ class Round:
         own = "" in self.evaluations or "" in self.not_evaluated
         return len(self.evaluations) + len(self.not_evaluated) - own < len(self.accepted)
 
+    @property
+    def recalibrating(self) -> bool:
+        """Whether some site's statistics are still expected, while the run recalibrates."""
+        return len(self.statistics) + len(self.not_measured) < len(self.accepted)
+
+    @property
+    def unmeasured(self) -> tuple[str, ...]:
+        """Sites whose statistics are still expected: all that the model was made of."""
+        return tuple(filter(self._owes_statistics, self.accepted))
+
+    def awaits_statistics(self, site: str) -> bool:
+        """Whether the site is among `unmeasured`."""
+        return self._owes_statistics(site) and site in self.accepted
+
     def awaits_update(self, site: str) -> bool:
         """Whether the site is among `outstanding`."""
         return self._owes_update(site) and site in self.registered
@@ -156,6 +187,9 @@ class Round:
 
     def _owes_update(self, site: str) -> bool:
         return site not in self.reported and site not in self.let_go
+
+    def _owes_statistics(self, site: str) -> bool:
+        return site not in self.statistics and site not in self.not_measured
 
     def _owes_figures(self, site: str) -> bool:
         return site not in self.evaluations and site not in self.not_evaluated
@@ -223,6 +257,8 @@ class RunState:
     # Whether the first impressions serve the whole run; whether they are made while sites train.
     synthesises_once: bool = False
     overlaps: bool = False
+    # What sites measure after each merge; empty in a run that leaves BatchNorm statistics as merged.
+    statistic_tensors: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
     update_tensors: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
     local_tensors: tuple[str, ...] = ()
     personal_tensors: tuple[str, ...] = ()
@@ -318,6 +354,7 @@ def kept_models(state: RunState) -> set[str]:
         if (current := state.current) is not None:
             found |= {current.model, current.released, current.strategy_state, current.new_impressions}
             found |= {update.digest for update in current.reported.values()}
+            found |= {measured.digest for measured in current.statistics.values()}
         found |= held_for_late(state, first_model=True)
     return {digest for digest in found if digest}
 
@@ -335,8 +372,9 @@ def superseded(before: RunState, after: RunState) -> set[str]:
     """Digests that the end of a round, or of the run, left behind; and at any time what was kept for a late update,
     and models that were dropped.
 
-    These are the round's updates (the global model holds what they brought), the strategy's state before it, and the
-    model that the sites trained from, where another is handed out. The first model is never among them: it may be the
+    These are the round's updates and statistics (the global model holds what they brought), the model before it was
+    recalibrated, the strategy's state before the round, and the model that the sites trained from, where another is
+    handed out. The first model is never among them: it may be the
     operator's.
     """
     found = held_for_late(before, first_model=False)
@@ -353,8 +391,9 @@ def superseded(before: RunState, after: RunState) -> set[str]:
     if after.status.final:
         found |= {after.strategy_state, after.model if after.finished else None}
     if (current := before.current) is not None:
-        found |= {current.model, current.strategy_state}
+        found |= {current.model, current.strategy_state, current.merged}
         found |= {update.digest for update in current.reported.values()}
+        found |= {measured.digest for measured in current.statistics.values()}
     return {digest for digest in found if digest} - needed(after)
 
 

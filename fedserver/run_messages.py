@@ -92,6 +92,12 @@ def _site_stage(current: Round | None, stage: Stage, site: str, session: Session
         return "waiting", session.capabilities.unavailable_reason
     if stage is Stage.TRAINING and current.awaits_update(site):
         return session.progress.stage or "waiting", ""
+    if stage is Stage.RECALIBRATING:
+        if site in current.statistics:
+            return "measured", ""
+        if site in current.not_measured:
+            return "failed", current.not_measured[site]
+        return (session.progress.stage if current.awaits_statistics(site) else "waiting"), ""
     if stage is Stage.EVALUATING:
         if site in current.evaluations:
             return "evaluated", ""

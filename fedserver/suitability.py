@@ -27,6 +27,7 @@ def checked_capabilities(said: federation_pb2.Capabilities) -> federation_pb2.Ca
         num_examples=max(0, said.num_examples),
         unavailable_reason=printable(said.unavailable_reason, _MAX_REASON),
         knows_read_log=said.knows_read_log,
+        knows_recalibrate=said.knows_recalibrate,
     )
 
 

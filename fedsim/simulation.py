@@ -33,6 +33,7 @@ from fedcore.tensor_file import read_manifest
 from fedserver import round_events as ev
 from fedserver.compute import ServerCompute
 from fedserver.compute_work import ComputeCommand, ComputeWork
+from fedserver.recalibration import Recalibrate
 from fedserver.round_decisions import Presence, World, decide
 from fedserver.round_machine import Evaluate, Synthesise, Train, apply, work
 from fedserver.round_state import RunState, Stage, held_for_late
@@ -143,6 +144,8 @@ class Simulation:
             for command in commands:
                 if isinstance(command, Train):
                     self._train(command)
+                elif isinstance(command, Recalibrate):
+                    self._recalibrate(command)
                 elif isinstance(command, Evaluate):
                     self._evaluate(command)
                 else:
@@ -268,6 +271,33 @@ class Simulation:
                 payload_bytes=self._payload_bytes(digest),
                 report=report,
             )
+        )
+
+    def _recalibrate(self, command: Recalibrate) -> None:
+        site, number = command.site, command.round
+        self._fetch(site, [command.model])
+        out = self._store.new_path()
+        try:
+            result = self._agents.recalibrate(
+                {
+                    **self._common(site),
+                    "round": number,
+                    "model": str(self._store.find(command.model)),
+                    "local_tensors": list(self._state.local_tensors),
+                    "out": str(out),
+                },
+                QuietJob(),
+            )
+            digest = str(result["digest"])
+            self._store.adopt(out, digest)
+        except FedimpresError as error:
+            out.unlink(missing_ok=True)
+            at = self._clock.wall()
+            self._happen(ev.StatisticsLetGo(at=at, round=number, site=site, reason=str(error)[:2000]))
+            return
+        at, num_examples = self._clock.wall(), int(result["num_examples"])
+        self._happen(
+            ev.StatisticsStored(at=at, round=number, site=site, digest=digest, num_examples=num_examples)
         )
 
     def _evaluate(self, command: Evaluate) -> None:

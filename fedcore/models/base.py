@@ -6,7 +6,7 @@ Shapes: N images, C channels, H x W pixels, D features, K classes.
 from collections.abc import Mapping
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from fedcore.errors import ConfigError, PlanError
 from fedcore.plan import ModelSection, Scalar
@@ -104,3 +104,18 @@ def norm_tensor_names(model: nn.Module) -> list[str]:
         for name in module.state_dict()
     }
     return [name for name in model.state_dict() if name in owned]
+
+
+def batch_norm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The BatchNorm layers that store a mean and a variance for inference, by module name, in the model's order."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+
+
+def statistic_names(layer: str) -> tuple[str, str]:
+    """State-dict names of the stored mean and variance of the BatchNorm layer with this module name."""
+    prefix = f"{layer}." if layer else ""
+    return f"{prefix}running_mean", f"{prefix}running_var"

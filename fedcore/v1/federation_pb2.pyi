@@ -60,6 +60,7 @@ class Capabilities(_message.Message):
     NUM_EXAMPLES_FIELD_NUMBER: _builtins.int
     UNAVAILABLE_REASON_FIELD_NUMBER: _builtins.int
     KNOWS_READ_LOG_FIELD_NUMBER: _builtins.int
+    KNOWS_RECALIBRATE_FIELD_NUMBER: _builtins.int
     software_version: _builtins.str
     device: _builtins.str
     """"cpu" or "cuda", and the device's own name."""
@@ -71,6 +72,8 @@ class Capabilities(_message.Message):
     """Reason why this site takes no work now (its data can't be read, it is paused, ...); empty if it does."""
     knows_read_log: _builtins.bool
     """Whether the agent knows ReadLog; what its policy says of it is in the answer."""
+    knows_recalibrate: _builtins.bool
+    """Whether the agent knows RecalibrateTask."""
     @_builtins.property
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the models, objectives and dataset readers installed at the site."""
@@ -97,10 +100,11 @@ class Capabilities(_message.Message):
         num_examples: _builtins.int = ...,
         unavailable_reason: _builtins.str = ...,
         knows_read_log: _builtins.bool = ...,
+        knows_recalibrate: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["class_names", b"class_names", "datasets", b"datasets", "device", b"device", "device_name", b"device_name", "knows_read_log", b"knows_read_log", "models", b"models", "num_examples", b"num_examples", "objectives", b"objectives", "software_version", b"software_version", "threads", b"threads", "unavailable_reason", b"unavailable_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["class_names", b"class_names", "datasets", b"datasets", "device", b"device", "device_name", b"device_name", "knows_read_log", b"knows_read_log", "knows_recalibrate", b"knows_recalibrate", "models", b"models", "num_examples", b"num_examples", "objectives", b"objectives", "software_version", b"software_version", "threads", b"threads", "unavailable_reason", b"unavailable_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -234,6 +238,7 @@ class AgentMessage(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     PONG_FIELD_NUMBER: _builtins.int
     LOG_LINES_FIELD_NUMBER: _builtins.int
+    STATISTICS_FIELD_NUMBER: _builtins.int
     IMPRESSIONS_HELD_FIELD_NUMBER: _builtins.int
     IMPRESSIONS_PURGED_FIELD_NUMBER: _builtins.int
     @_builtins.property
@@ -253,6 +258,8 @@ class AgentMessage(_message.Message):
     @_builtins.property
     def log_lines(self) -> Global___LogLines: ...
     @_builtins.property
+    def statistics(self) -> Global___StatisticsReport: ...
+    @_builtins.property
     def impressions_held(self) -> Global___ImpressionsHeld: ...
     @_builtins.property
     def impressions_purged(self) -> Global___ImpressionsPurged: ...
@@ -267,14 +274,15 @@ class AgentMessage(_message.Message):
         capabilities: Global___Capabilities | None = ...,
         pong: Global___Pong | None = ...,
         log_lines: Global___LogLines | None = ...,
+        statistics: Global___StatisticsReport | None = ...,
         impressions_held: Global___ImpressionsHeld | None = ...,
         impressions_purged: Global___ImpressionsPurged | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "evaluation", b"evaluation", "failed", b"failed", "heartbeat", b"heartbeat", "impressions_held", b"impressions_held", "impressions_purged", b"impressions_purged", "log_lines", b"log_lines", "message", b"message", "pong", b"pong", "progress", b"progress", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "evaluation", b"evaluation", "failed", b"failed", "heartbeat", b"heartbeat", "impressions_held", b"impressions_held", "impressions_purged", b"impressions_purged", "log_lines", b"log_lines", "message", b"message", "pong", b"pong", "progress", b"progress", "started", b"started", "statistics", b"statistics"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "evaluation", b"evaluation", "failed", b"failed", "heartbeat", b"heartbeat", "impressions_held", b"impressions_held", "impressions_purged", b"impressions_purged", "log_lines", b"log_lines", "message", b"message", "pong", b"pong", "progress", b"progress", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "evaluation", b"evaluation", "failed", b"failed", "heartbeat", b"heartbeat", "impressions_held", b"impressions_held", "impressions_purged", b"impressions_purged", "log_lines", b"log_lines", "message", b"message", "pong", b"pong", "progress", b"progress", "started", b"started", "statistics", b"statistics"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["heartbeat", "started", "progress", "failed", "evaluation", "capabilities", "pong", "log_lines", "impressions_held", "impressions_purged"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["heartbeat", "started", "progress", "failed", "evaluation", "capabilities", "pong", "log_lines", "statistics", "impressions_held", "impressions_purged"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -491,7 +499,7 @@ class Progress(_message.Message):
     run: _builtins.str
     round: _builtins.int
     stage: _builtins.str
-    """"fetching", "training", "evaluating" or "delivering"."""
+    """"fetching", "training", "recalibrating", "evaluating" or "delivering"."""
     done: _builtins.int
     total: _builtins.int
     loss: _builtins.float
@@ -523,11 +531,14 @@ class TaskFailed(_message.Message):
     ROUND_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     EVALUATING_FIELD_NUMBER: _builtins.int
+    RECALIBRATING_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     round: _builtins.int
     reason: _builtins.str
     evaluating: _builtins.bool
     """True if the failed work was an evaluation rather than training."""
+    recalibrating: _builtins.bool
+    """True if the failed work was that of a RecalibrateTask."""
     def __init__(
         self,
         *,
@@ -535,10 +546,11 @@ class TaskFailed(_message.Message):
         round: _builtins.int = ...,
         reason: _builtins.str = ...,
         evaluating: _builtins.bool = ...,
+        recalibrating: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluating", b"evaluating", "reason", b"reason", "round", b"round", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluating", b"evaluating", "reason", b"reason", "recalibrating", b"recalibrating", "round", b"round", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -613,6 +625,49 @@ class EvaluationReport(_message.Message):
 Global___EvaluationReport: _TypeAlias = EvaluationReport  # noqa: Y015
 
 @_typing.final
+class StatisticsReport(_message.Message):
+    """The answer to RecalibrateTask: what the model's BatchNorm layers saw of the site's training images."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    NUM_EXAMPLES_FIELD_NUMBER: _builtins.int
+    MANIFEST_FIELD_NUMBER: _builtins.int
+    PAYLOAD_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    round: _builtins.int
+    model: _builtins.str
+    """Digest of the model that they were measured on."""
+    num_examples: _builtins.int
+    payload: _builtins.bytes
+    seconds: _builtins.float
+    @_builtins.property
+    def manifest(self) -> _tensor_pb2.Manifest:
+        """Stored means and variances by the model's names for them, and their bytes in the manifest's order."""
+
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        round: _builtins.int = ...,
+        model: _builtins.str = ...,
+        num_examples: _builtins.int = ...,
+        manifest: _tensor_pb2.Manifest | None = ...,
+        payload: _builtins.bytes = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "model", b"model", "num_examples", b"num_examples", "payload", b"payload", "round", b"round", "run", b"run", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StatisticsReport: _TypeAlias = StatisticsReport  # noqa: Y015
+
+@_typing.final
 class Directive(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -623,6 +678,7 @@ class Directive(_message.Message):
     DRAIN_FIELD_NUMBER: _builtins.int
     RENEW_CERTIFICATE_FIELD_NUMBER: _builtins.int
     READ_LOG_FIELD_NUMBER: _builtins.int
+    RECALIBRATE_FIELD_NUMBER: _builtins.int
     PURGE_IMPRESSIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def train(self) -> Global___TrainTask: ...
@@ -639,6 +695,8 @@ class Directive(_message.Message):
     @_builtins.property
     def read_log(self) -> Global___ReadLog: ...
     @_builtins.property
+    def recalibrate(self) -> Global___RecalibrateTask: ...
+    @_builtins.property
     def purge_impressions(self) -> Global___PurgeImpressions: ...
     def __init__(
         self,
@@ -650,13 +708,14 @@ class Directive(_message.Message):
         drain: Global___Drain | None = ...,
         renew_certificate: Global___RenewCertificate | None = ...,
         read_log: Global___ReadLog | None = ...,
+        recalibrate: Global___RecalibrateTask | None = ...,
         purge_impressions: Global___PurgeImpressions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "drain", b"drain", "evaluate", b"evaluate", "ping", b"ping", "purge_impressions", b"purge_impressions", "read_log", b"read_log", "renew_certificate", b"renew_certificate", "stop", b"stop", "train", b"train"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "drain", b"drain", "evaluate", b"evaluate", "ping", b"ping", "purge_impressions", b"purge_impressions", "read_log", b"read_log", "recalibrate", b"recalibrate", "renew_certificate", b"renew_certificate", "stop", b"stop", "train", b"train"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "drain", b"drain", "evaluate", b"evaluate", "ping", b"ping", "purge_impressions", b"purge_impressions", "read_log", b"read_log", "renew_certificate", b"renew_certificate", "stop", b"stop", "train", b"train"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "drain", b"drain", "evaluate", b"evaluate", "ping", b"ping", "purge_impressions", b"purge_impressions", "read_log", b"read_log", "recalibrate", b"recalibrate", "renew_certificate", b"renew_certificate", "stop", b"stop", "train", b"train"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_directive: _TypeAlias = _typing.Literal["train", "evaluate", "stop", "ping", "drain", "renew_certificate", "read_log", "purge_impressions"]  # noqa: Y015
+    _WhichOneofReturnType_directive: _TypeAlias = _typing.Literal["train", "evaluate", "stop", "ping", "drain", "renew_certificate", "read_log", "recalibrate", "purge_impressions"]  # noqa: Y015
     _WhichOneofArgType_directive: _TypeAlias = _typing.Literal["directive", b"directive"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_directive) -> _WhichOneofReturnType_directive | None: ...
 
@@ -726,6 +785,43 @@ class TrainTask(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TrainTask: _TypeAlias = TrainTask  # noqa: Y015
+
+@_typing.final
+class RecalibrateTask(_message.Message):
+    """Pass all training images through the model and tell what its BatchNorm layers see; only to agents that say
+    knows_recalibrate.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    PLAN_JSON_FIELD_NUMBER: _builtins.int
+    LOCAL_TENSORS_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    round: _builtins.int
+    plan_json: _builtins.str
+    @_builtins.property
+    def model(self) -> _tensor_pb2.ArtifactRef: ...
+    @_builtins.property
+    def local_tensors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        round: _builtins.int = ...,
+        model: _tensor_pb2.ArtifactRef | None = ...,
+        plan_json: _builtins.str = ...,
+        local_tensors: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["local_tensors", b"local_tensors", "model", b"model", "plan_json", b"plan_json", "round", b"round", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecalibrateTask: _TypeAlias = RecalibrateTask  # noqa: Y015
 
 @_typing.final
 class EvaluateTask(_message.Message):

@@ -37,6 +37,7 @@ from fedserver.registry import Registry
 from fedserver.roster import Roster, Session, SiteProgress
 from fedserver.round_driver import RoundDriver
 from fedserver.site_purges import SitePurges
+from fedserver.statistics_intake import StatisticsIntake
 from fedserver.suitability import checked_capabilities
 from fedserver.turns import Turns
 
@@ -54,6 +55,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         driver: RoundDriver,
         roster: Roster,
         deliveries: Deliveries,
+        statistics: StatisticsIntake,
         registry: Registry,
         pool: ThreadPoolExecutor,
         turns: Turns,
@@ -66,6 +68,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         self._driver = driver
         self._roster = roster
         self._deliveries = deliveries
+        self._statistics = statistics
         self._registry = registry
         self._pool = pool
         self._turns = turns
@@ -159,10 +162,13 @@ class FederationService(federation_pb2_grpc.FederationServicer):
                     self._progress(session, message.progress.stage, message.progress)
                 case "failed":
                     failed, reason = message.failed, printable(message.failed.reason, _MAX_REASON)
-                    kind = ev.EvaluationLetGo if failed.evaluating else ev.SiteLetGo
+                    kind = _what_failed(failed)
                     await self._driver.post(
                         failed.run, kind(at=at, round=failed.round, site=site, reason=reason)
                     )
+                case "statistics":
+                    await self._statistics.take(site, at, message.statistics)
+                    self._progress(session, "measured")
                 case "evaluation":
                     report = message.evaluation
                     await self._driver.post(report.run, self._figures(site, at, report))
@@ -243,6 +249,15 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         site = caller_of(context).id
         self._registry.check_admitted(site)
         return site
+
+
+def _what_failed(
+    failed: federation_pb2.TaskFailed,
+) -> type[ev.SiteLetGo | ev.StatisticsLetGo | ev.EvaluationLetGo]:
+    """The fact that a failed task is."""
+    if failed.recalibrating:
+        return ev.StatisticsLetGo
+    return ev.EvaluationLetGo if failed.evaluating else ev.SiteLetGo
 
 
 def _own(key: federation_pb2.DeliveryKey, site: str) -> str:

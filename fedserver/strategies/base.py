@@ -13,6 +13,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedcore.errors import PlanError
 from fedcore.plan import Options as PlanOptions
 from fedcore.plan import Plan, TransferSection
 from fedcore.plan_robustness import AggregationSection, MeanRule
@@ -20,6 +21,8 @@ from fedcore.tensor_file import TensorSpec
 from fedcore.update_verdict import MergeFigures
 from fedserver.synthesis.options import SynthesisOptions
 
+# What a site measures comes in one message.
+MAX_STATISTICS_BYTES = 4 << 20
 Weighting = Literal["examples", "uniform"]
 
 
@@ -34,6 +37,11 @@ class StrategyOptions(BaseModel):
     # so). Sites train from the newest model; the average is what is evaluated, synthesised through and handed out.
     # 0 hands out the newest model itself.
     ema: float = Field(0.0, ge=0, lt=1)
+    # Whether, after each merge, every merged site passes its training images once through the merged model, and what the
+    # BatchNorm layers see there takes the place of the means and variances that came with the updates: those describe the
+    # sites' own models. "auto": wherever nothing stands against it (no BatchNorm, layers that stay at the sites, a merge
+    # rule other than the mean). Source: Wu & Johnson 2021, Rethinking "Batch" in BatchNorm, arXiv:2105.07576.
+    recalibrate: bool | Literal["auto"] = False
 
 
 class AdjustableOptions(StrategyOptions):
@@ -169,6 +177,37 @@ class Strategy(ABC):
         Arguments as in `local_tensors`; no tensor is in both.
         """
         return ()
+
+    def statistics_to_measure(
+        self, plan: Plan, statistics: Sequence[TensorSpec], local: Collection[str]
+    ) -> list[TensorSpec]:
+        """Which of the model's BatchNorm `statistics` sites measure after a merge; none where its option says so.
+
+        `local` tensors stay at the sites. Raises PlanError if the option asks for it where it can't be.
+        """
+        wish = self.options.recalibrate
+        if wish is False:
+            return []
+        why = ""
+        if plan.aggregation.rule != "mean":
+            why = (
+                f"aggregation.rule is '{plan.aggregation.rule}', which bounds what one site can do, and pooled statistics "
+                "would not be bounded; expected 'mean'"
+            )
+        elif not statistics:
+            why = f"model '{plan.model.name}' has no BatchNorm layer with stored statistics"
+        elif any(spec.name in local for spec in statistics):
+            why = f"strategy '{self.name}' leaves the model's BatchNorm layers at the sites"
+        elif sum(spec.size_bytes for spec in statistics) > MAX_STATISTICS_BYTES:
+            why = f"the statistics of model '{plan.model.name}' are above {MAX_STATISTICS_BYTES} bytes"
+        if not why:
+            return list(statistics)
+        if wish == "auto":
+            return []
+        raise PlanError(
+            f"strategy_options.recalibrate: {why}",
+            hint="leave the option out, or set it to 'auto': wherever nothing stands against it",
+        )
 
     def update_extras(self, specs: Sequence[TensorSpec], parameters: Collection[str]) -> list[TensorSpec]:
         """What a site's update holds beside the model's tensors; every name begins with `EXTRA_PREFIX`.

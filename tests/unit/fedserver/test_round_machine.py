@@ -15,6 +15,7 @@ from fedserver import round_events as ev
 from fedserver.impression_purges import banks, in_use, purged_only
 from fedserver.journal import replay
 from fedserver.model_drops import droppable, dropped_only
+from fedserver.recalibration import PoolStatistics, Recalibrate
 from fedserver.round_decisions import Presence, Withheld, World, concerned, decide, waiting_for
 from fedserver.round_machine import (
     Aggregate,
@@ -22,6 +23,7 @@ from fedserver.round_machine import (
     Evaluate,
     Initialise,
     ScoreUpdates,
+    SiteCommand,
     Synthesise,
     Train,
     apply,
@@ -827,8 +829,8 @@ class RunMachine(RuleBasedStateMachine):
         self.try_event(ev.RunStarted(at=self.now, sites=SITES, synthesises=True))
         self.settle()
 
-    @rule(overlaps=st.booleans())
-    def initialise(self, overlaps: bool) -> None:
+    @rule(overlaps=st.booleans(), recalibrates=st.booleans())
+    def initialise(self, overlaps: bool, recalibrates: bool) -> None:
         self.try_event(
             ev.RunInitialised(
                 at=self.now,
@@ -838,6 +840,7 @@ class RunMachine(RuleBasedStateMachine):
                 objective="o",
                 objective_options_json="{}",
                 overlaps=overlaps,
+                statistic_tensors=(("bn.running_mean", "F32", (2,)),) if recalibrates else (),
             )
         )
         self.settle()
@@ -885,6 +888,28 @@ class RunMachine(RuleBasedStateMachine):
             )  # fmt: skip
         else:
             event = ev.AggregationFailed(at=self.now, round=command.round, reason="none", rejected=rejected)
+        assert self.try_event(event)
+        self.settle()
+
+    @rule(site=st.sampled_from(SITES), works=st.booleans())
+    def measure(self, site: str, works: bool) -> None:
+        number = self.state.current.number if self.state.current else 1
+        event: ev.Event = ev.StatisticsLetGo(at=self.now, round=number, site=site, reason="x")
+        if works:
+            digest = f"t{site}{number}"
+            event = ev.StatisticsStored(at=self.now, round=number, site=site, digest=digest, num_examples=3)
+        asked = any(isinstance(c, Recalibrate) and c.site == site for c in work(self.state))
+        assert self.try_event(event) is asked
+        self.settle()
+
+    @precondition(lambda self: any(isinstance(c, PoolStatistics) for c in work(self.state)))
+    @rule(works=st.booleans())
+    def pool(self, works: bool) -> None:
+        (command,) = [c for c in work(self.state) if isinstance(c, PoolStatistics)]
+        number = command.round
+        event: ev.Event = ev.RecalibrationSkipped(at=self.now, round=number, reason="x")
+        if works:
+            event = ev.ModelRecalibrated(at=self.now, round=number, model=f"mc{number}")
         assert self.try_event(event)
         self.settle()
 
@@ -952,33 +977,41 @@ class RunMachine(RuleBasedStateMachine):
 
     @rule(
         validated=st.lists(st.integers(0, 4), min_size=1, max_size=3),
-        chances=st.tuples(st.booleans(), st.booleans()),
+        chances=st.tuples(st.booleans(), st.booleans(), st.booleans()),
         drops=st.lists(st.sets(st.integers(1, 3), max_size=2), min_size=1, max_size=5),
     )
-    def rounds_go_well(self, validated: list[int], chances: tuple[bool, bool], drops: list[set[int]]) -> None:
+    def rounds_go_well(
+        self, validated: list[int], chances: tuple[bool, bool, bool], drops: list[set[int]]
+    ) -> None:
         """What single steps seldom come to: rounds that finish, one after the other; and drops in the course of them."""
-        overlaps, averaged = chances
+        overlaps, averaged, recalibrates = chances
         if self.state.status is Status.QUEUED:
             self.start()
         self.presence = here(since=self.now, progress=self.now)
         self.settle()
         for correct in validated:
             finished = self.state.finished
-            for _ in range(6):  # stages
+            for _ in range(8):  # stages
                 for command in work(self.state):
                     if self.state.finished == finished and command in work(self.state):
-                        self.do(command, correct, overlaps, averaged)
+                        self.do(command, correct, overlaps, averaged, recalibrates)
                         self.drop(chosen=drops[len(self.events) % len(drops)])
                         self.what_is_dropped_is_neither_the_best_nor_the_last_nor_needed()
 
-    def do(self, command: Command, validated: int, overlaps: bool, averaged: bool) -> None:
+    def do(
+        self, command: Command, validated: int, overlaps: bool, averaged: bool, recalibrates: bool
+    ) -> None:
         match command:
             case Initialise():
-                self.initialise(overlaps=overlaps)
+                self.initialise(overlaps=overlaps, recalibrates=recalibrates)
             case Train():
                 self.update(site=command.site, digest=0)
             case Aggregate():
                 self.aggregate(refused=set(), averaged=averaged, keeps=True)
+            case Recalibrate():
+                self.measure(site=command.site, works=True)
+            case PoolStatistics():
+                self.pool(works=True)
             case Synthesise():
                 self.synthesise(works=True)
             case Evaluate():
@@ -1023,6 +1056,10 @@ class RunMachine(RuleBasedStateMachine):
         assert (current.model is None) == (current.released is None) == (current.aggregated_at is None)
         assert not set(current.evaluations) & set(current.not_evaluated)
         assert {*current.evaluations, *current.not_evaluated} <= {*current.accepted, ""}
+        assert {*current.statistics, *current.not_measured} <= {*current.accepted}
+        assert current.recalibrating == bool(current.unmeasured)
+        if self.state.stage is Stage.EVALUATING:
+            assert (current.recalibrated_at is not None) == bool(self.state.statistic_tensors)
         assert current.collecting == bool(current.outstanding)
         assert current.measuring == bool(current.unevaluated)
 
@@ -1077,7 +1114,7 @@ class RunMachine(RuleBasedStateMachine):
 
     @invariant()
     def a_site_alone_is_asked_what_work_asks_of_it(self) -> None:
-        by_site = {c.site: c for c in work(self.state) if isinstance(c, Train | Evaluate)}
+        by_site = {c.site: c for c in work(self.state) if isinstance(c, SiteCommand)}
         assert {s: task for s in SITES if (task := task_of(self.state, s)) is not None} == by_site
 
     @invariant()

@@ -194,7 +194,7 @@ class Stream:
         self.driver = Driver(view_of("t-1", "0" * 64, 0))
         self.roster = Roster(ManualClock(), 9)
         nothing = cast(Any, None)
-        self.service = FederationService("lab", 5.0, cast(Any, self.driver), self.roster, *[nothing] * 7)
+        self.service = FederationService("lab", 5.0, cast(Any, self.driver), self.roster, *[nothing] * 8)
 
     def read(self, *messages: federation_pb2.AgentMessage) -> Session:
         async def scenario() -> Session:
