@@ -1,4 +1,3 @@
-# ruff: noqa: N806 - shape suffixes
 """What a model's BatchNorm layers see of a site's training images.
 
 Legend: N images, C channels, H x W pixels.
@@ -30,17 +29,17 @@ class _Seen:
     """Mean [C] and population variance [C], float64, of the `count` values a channel that a layer has seen."""
 
     count: int
-    mean_C: Tensor
-    variance_C: Tensor
+    mean: Tensor
+    variance: Tensor
 
     def add(self, count: int, mean_C: Tensor, variance_C: Tensor) -> None:
         """Pool with a batch's: the variance holds the spread of the two means (law of total variance)."""
         total = self.count + count
         share = count / total
-        apart_C = mean_C - self.mean_C
-        self.mean_C += share * apart_C
-        self.variance_C = (
-            (1 - share) * self.variance_C + share * variance_C + share * (1 - share) * apart_C.square()
+        apart_C = mean_C - self.mean
+        self.mean += share * apart_C
+        self.variance = (
+            (1 - share) * self.variance + share * variance_C + share * (1 - share) * apart_C.square()
         )
         self.count = total
 
@@ -70,9 +69,7 @@ def measure_statistics(
             hook.remove()
     found: dict[str, Tensor] = {}
     for layer, statistics in seen.items():
-        for name, value_C in zip(
-            statistic_names(layer), (statistics.mean_C, statistics.variance_C), strict=True
-        ):
+        for name, value_C in zip(statistic_names(layer), (statistics.mean, statistics.variance), strict=True):
             found[name] = value_C.float().cpu()
             if not bool(torch.isfinite(found[name]).all()):
                 raise LearningError(

@@ -18,8 +18,8 @@ _MAX_TEXT = 200
 # Numbers, identifiers of the federation's, names of our own. `code` is an error's class.
 SHARED_FIELDS = frozenset(
     {
-        "again_in_s", "asked_by", "code", "coordinator", "digest", "ended", "evaluating", "recalibrating", "federation", "in_s",
-        "kind", "module", "number", "outcome", "pid", "replaced", "round", "run", "site", "until",
+        "again_in_s", "asked_by", "code", "coordinator", "digest", "ended", "evaluating", "federation", "in_s",
+        "kind", "module", "number", "outcome", "pid", "recalibrating", "replaced", "round", "run", "site", "until",
     }
 )  # fmt: skip
 

@@ -5,6 +5,7 @@ from fedcore.text import ranges
 from fedcore.v1 import operations_pb2
 from fedserver import round_events as ev
 from fedserver.journal import Submission
+from fedserver.recalibration import RecalibrationEvent
 from fedserver.run_messages import timestamp
 
 
@@ -57,15 +58,16 @@ def event_text(event: ev.Event) -> str:
             return f"merged the updates of {', '.join(event.accepted) or 'nobody'}{_refused(event.rejected)}"
         case ev.AggregationFailed():
             return f"nothing could be merged: {event.reason}{_refused(event.rejected)}"
+        case (
+            ev.StatisticsStored() | ev.StatisticsLetGo() | ev.ModelRecalibrated() | ev.RecalibrationSkipped()
+        ):
+            return _recalibration_text(event)
         case _:
             return _later_text(event)
 
 
-def _later_text(event: ev.Event) -> str:
+def _recalibration_text(event: RecalibrationEvent) -> str:
     match event:
-        case ev.SynthesisFinished():
-            made = f"made {event.made} impressions" if event.made else "made no impressions"
-            return f"{made}: {event.note}" if event.note else made
         case ev.StatisticsStored():
             return f"measured the merged model's BatchNorm statistics on {event.num_examples} images"
         case ev.StatisticsLetGo():
@@ -74,6 +76,13 @@ def _later_text(event: ev.Event) -> str:
             return f"put the sites' statistics into the model{_refused(event.rejected)}"
         case ev.RecalibrationSkipped():
             return f"the model keeps the statistics that it was merged with: {event.reason}"
+
+
+def _later_text(event: ev.Event) -> str:
+    match event:
+        case ev.SynthesisFinished():
+            made = f"made {event.made} impressions" if event.made else "made no impressions"
+            return f"{made}: {event.note}" if event.note else made
         case ev.EvaluationReported():
             who = "" if event.site else "on the coordinator's own images: "
             return f"measured the model: {who}{', '.join(map(_metrics, event.metrics)) or 'no images'}"

@@ -56,6 +56,22 @@ TEXTS: list[tuple[ev.Event, str]] = [
         "nothing could be merged: nothing passed",
     ),
     (
+        ev.StatisticsStored(at=1, round=2, site="a", digest="d", num_examples=40),
+        "measured the merged model's BatchNorm statistics on 40 images",
+    ),
+    (
+        ev.StatisticsLetGo(at=1, round=2, site="a", reason="late"),
+        "statistics are pooled without it: late",
+    ),
+    (
+        ev.ModelRecalibrated(at=1, round=2, model="d", rejected={"c": "far off"}),
+        "put the sites' statistics into the model; refused: c (far off)",
+    ),
+    (
+        ev.RecalibrationSkipped(at=1, round=2, reason="nobody answered"),
+        "the model keeps the statistics that it was merged with: nobody answered",
+    ),
+    (
         ev.SynthesisFinished(at=1, round=2, impressions=None, made=0, note="too early"),
         "made no impressions: too early",
     ),

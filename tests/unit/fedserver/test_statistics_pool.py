@@ -1,0 +1,125 @@
+"""Sites' BatchNorm statistics in one model: what pooling gives, what the gate refuses, which plans may ask for it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedcore.errors import LearningError, PlanError
+from fedcore.models.state_file import load_tensors, save_state
+from fedcore.plan import Plan, validate_plan
+from fedcore.tensor_file import TensorSpec
+from fedserver.compute import ServerCompute
+from fedserver.statistics_pool import pooled, recalibrate
+from fedserver.strategies import load_strategy
+from fedserver.strategies.base import SiteReport
+from tests.unit.fedserver.test_server_compute import initialise, plan_for
+
+MEAN, VARIANCE = "bn.running_mean", "bn.running_var"
+MODEL = {
+    "w": torch.tensor([3.0]),
+    MEAN: torch.zeros(2),
+    VARIANCE: torch.ones(2),
+    "bn.num_batches_tracked": torch.tensor(9),
+}
+
+
+def plan(**changes: object) -> Plan:
+    model = {"name": "cnn", "classes": 3, "input": [1, 8, 8]}
+    return validate_plan(
+        {"name": "p", "rounds": 2, "min_sites": 2, "strategy": "fedavg", "model": model, **changes}
+    )
+
+
+def of(values_NC: Tensor) -> dict[str, Tensor]:
+    return {MEAN: values_NC.mean(0), VARIANCE: values_NC.var(0, correction=0)}
+
+
+def write(folder: Path, **sites: tuple[int, dict[str, Tensor]]) -> list[tuple[SiteReport, Path]]:
+    save_state(folder / "model", MODEL)
+    for site, (_, tensors) in sites.items():
+        save_state(folder / site, tensors)
+    return [(SiteReport(site, count), folder / site) for site, (count, _) in sites.items()]
+
+
+def test_pooled_statistics_are_those_of_all_values_together():
+    values_NC = torch.randn(50, 2, generator=torch.Generator().manual_seed(1)) * 3 + 40
+    parts = [values_NC[:8], values_NC[8:20] + 10, values_NC[20:]]
+    weights = [len(part) / 50 for part in parts]
+    found, expected = pooled([of(part) for part in parts], weights), of(torch.cat(parts))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+        assert found[name].dtype == torch.float32
+
+
+def test_only_the_statistics_change_and_sites_weigh_as_in_the_merge(tmp_path):
+    ones = torch.ones(2)
+    measured = write(
+        tmp_path, a=(30, {MEAN: 0 * ones, VARIANCE: ones}), b=(10, {MEAN: 4 * ones, VARIANCE: 2 * ones})
+    )
+    found = recalibrate(tmp_path / "model", measured, load_strategy(plan()), plan(), 1, tmp_path / "out")
+    assert not found.rejected
+    tensors = load_tensors(tmp_path / "out")
+    assert tensors[MEAN].tolist() == [1.0, 1.0]
+    assert tensors[VARIANCE].tolist() == [1.25 + 3.0] * 2
+    assert (tensors["w"].item(), tensors["bn.num_batches_tracked"].item()) == (3.0, 9)
+    even = plan(strategy_options={"weighting": "uniform"})
+    recalibrate(tmp_path / "model", measured, load_strategy(even), even, 1, tmp_path / "out")
+    assert load_tensors(tmp_path / "out")[MEAN].tolist() == [2.0, 2.0]
+
+
+def test_the_gate_leaves_out_what_is_out_of_all_proportion(tmp_path):
+    ones = torch.ones(2)
+    sites = {site: (10, {MEAN: k * ones, VARIANCE: ones}) for site, k in (("a", 1), ("b", 2), ("c", 1000))}
+    measured = write(tmp_path, **sites)
+    found = recalibrate(tmp_path / "model", measured, load_strategy(plan()), plan(), 3, tmp_path / "out")
+    assert list(found.rejected) == ["c"]
+    assert "500.0 times the round's median" in found.rejected["c"]
+    assert load_tensors(tmp_path / "out")[MEAN].tolist() == [1.5, 1.5]
+    off = plan(gate={"check_norm": False})
+    assert not recalibrate(
+        tmp_path / "model", measured, load_strategy(off), off, 3, tmp_path / "out"
+    ).rejected
+    three = plan(min_sites=3)
+    with pytest.raises(LearningError, match="2 statistics passed the gate, min_sites is 3: c round 3"):
+        recalibrate(tmp_path / "model", measured, load_strategy(three), three, 3, tmp_path / "out")
+
+
+SPECS = [TensorSpec(MEAN, "F32", (2,)), TensorSpec(VARIANCE, "F32", (2,))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "specs", "local", "why"),
+    [
+        ({}, [], (), "model 'cnn' has no BatchNorm layer"),
+        ({"strategy": "fedbn"}, SPECS, (MEAN, VARIANCE), "strategy 'fedbn' leaves the model's BatchNorm layers"),
+        ({"aggregation": {"rule": "median"}}, SPECS, (), "aggregation.rule is 'median'"),
+        ({}, [TensorSpec(MEAN, "F32", (1 << 21,))], (), "above 4194304 bytes"),
+    ],
+)  # fmt: skip
+def test_a_plan_may_ask_for_it_only_where_it_can_be(changes, specs, local, why):
+    def wanted(wish):
+        asked = plan(strategy_options={"recalibrate": wish}, **changes)
+        return load_strategy(asked).statistics_to_measure(asked, specs, local)
+
+    with pytest.raises(PlanError, match=why) as raised:
+        wanted(True)
+    assert "'auto'" in raised.value.hint
+    assert wanted("auto") == wanted(False) == []
+
+
+def test_the_first_model_tells_what_is_measured_in_its_run(tmp_path):
+    found = initialise(tmp_path, plan_for("fedavg", recalibrate=True))["statistic_tensors"]
+    model = load_tensors(tmp_path / "model")
+    assert {name for name, _, _ in found} == {n for n in model if n.endswith(("running_mean", "running_var"))}
+    assert all(dtype == "F32" and tuple(shape) == model[name].shape for name, dtype, shape in found)
+    assert initialise(tmp_path, plan_for("fedavg"))["statistic_tensors"] == []
+    assert initialise(tmp_path, plan_for("fedbn", recalibrate="auto"))["statistic_tensors"] == []
+    with pytest.raises(PlanError, match="strategy 'fedbn' leaves the model's BatchNorm layers at the sites"):
+        initialise(tmp_path, plan_for("fedbn", recalibrate=True))
+    plain = plan_for("fedavg", recalibrate=True).model_copy(
+        update={"model": plan_for().model.model_copy(update={"norm": "group"})}
+    )
+    with pytest.raises(PlanError, match="has no BatchNorm layer"):
+        ServerCompute().measure({"plan": plain.to_json(), "compute": {"device": "cpu"}}, None)
