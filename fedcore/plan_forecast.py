@@ -56,7 +56,7 @@ class PlanForecast(BaseModel):
     waits_for: list[str] = []
     sites: list[SiteForecast]
     sizes: Sizes
-    # What the coordinator adds to a round: aggregating, evaluating, synthesising.
+    # What the coordinator adds to a round: aggregating, recalibrating, evaluating, synthesising.
     coordinator_s: dict[str, float] = {}
     # Null while something of it was never measured.
     round_s: float | None = None

@@ -17,7 +17,14 @@ STATE_STYLE = {
     "RUNNING": "bold cyan", "WAITING": "yellow", "QUEUED": "yellow", "PAUSED": "yellow",
     "DONE": "bold green", "DEGRADED": "bold yellow", "FAILED": "bold red", "ABORTED": "bold red",
 }  # fmt: skip
-_STAGE_STYLE = {"failed": "red", "absent": "red", "let go": "red", "training": "cyan", "evaluating": "cyan"}
+_STAGE_STYLE = {
+    "failed": "red",
+    "absent": "red",
+    "let go": "red",
+    "training": "cyan",
+    "recalibrating": "cyan",
+    "evaluating": "cyan",
+}
 # Sites whose reason a line of `watch` tells.
 _REASONS = 3
 _HISTORY_ROUNDS = 8

@@ -27,7 +27,7 @@ class Measure:
     synthesises_once: bool
     overlaps: bool
     averages: bool
-    recalibrates: bool = False
+    recalibrates: bool
 
     def makes_in(self, plan: Plan, number: int) -> bool:
         """Whether round `number` makes impressions for the one after; the round machine's rule."""
@@ -78,26 +78,35 @@ class Traffic:
 def traffic(plan: Plan, measure: Measure, num_sites: int) -> Traffic:
     """What a site moves.
 
-    A site fetches the model that it starts from, unless it has it from the evaluation before, then the one that it
-    evaluates, the impressions when there are new ones, and what the strategy shares.
+    A site fetches the model that it starts from, unless it has it from the evaluation before; the merged one, where it
+    measures statistics on it; the one that it evaluates; the impressions when there are new ones; and what the strategy
+    shares.
     """
     sizes, rounds = measure.sizes, plan.rounds
     asked = plan.training.sites_per_round
     drawn = asked is not None and asked < num_sites
     # Drawn sites and averaged models: what was evaluated is not what the next round starts from.
     models = 2 if drawn or measure.averages else 1
+    measured = 1 if measure.recalibrates else 0
     state = sizes.state if measure.shares_state else 0
     banks = sum(measure.makes_in(plan, number) for number in range(1, rounds))
-    down = models * sizes.model + (sizes.impressions if banks else 0) + state
+    down = (models + measured) * sizes.model + (sizes.impressions if banks else 0) + state
     if not drawn:
         all_models = max(rounds + 1, 2 * rounds - 1) if measure.averages else rounds + 1
-        total = all_models * sizes.model + banks * sizes.impressions + (rounds - 1) * state
+        total = (
+            (all_models + measured * rounds) * sizes.model + banks * sizes.impressions + (rounds - 1) * state
+        )
         return Traffic(sizes.update, down, rounds * sizes.update, total)
     assert asked is not None
     share = asked / num_sites
     turns = round(rounds * share)
     fetched = min(banks, turns) * sizes.impressions
-    return Traffic(sizes.update, down, turns * sizes.update, turns * (models * sizes.model + state) + fetched)
+    return Traffic(
+        sizes.update,
+        down,
+        turns * sizes.update,
+        turns * ((models + measured) * sizes.model + state) + fetched,
+    )
 
 
 def forecast(plan: Plan, measure: Measure, rates: Rates, around: Surroundings) -> PlanForecast:
@@ -112,7 +121,8 @@ def forecast(plan: Plan, measure: Measure, rates: Rates, around: Surroundings) -
     coordinator_s = {
         name: seconds
         for name, seconds in rates.phases_s.items()
-        if measure.synthesises or name != "synthesising"
+        if (measure.synthesises or name != "synthesising")
+        and (measure.recalibrates or name != "recalibrating")
     }
     round_s, missing = _round_s(sites, coordinator_s, measure)
     kept, peak = _disk(plan, measure, len(expected))
@@ -188,17 +198,19 @@ def _round_s(
     missing = [f"{site.site}: training of this model" for site in fitting if site.training_s is None]
     missing += [f"{site.site}: transfers of this size" for site in fitting if site.transfer_s is None]
     phases = ["aggregating", "evaluating", *(["synthesising"] if measure.synthesises else [])]
+    phases += ["recalibrating"] if measure.recalibrates else []
     missing += [f"coordinator: {phase}" for phase in phases if phase not in coordinator_s]
     if missing or not fitting:
         return None, missing
     slowest = max((site.training_s or 0) + (site.transfer_s or 0) for site in fitting)
     beside = coordinator_s.get("synthesising", 0.0) if measure.synthesises else 0.0
     evaluating = coordinator_s["evaluating"]
+    between = coordinator_s["aggregating"] + (coordinator_s["recalibrating"] if measure.recalibrates else 0.0)
     if measure.overlaps:
         slowest = max(slowest, beside)
     else:
         evaluating = max(evaluating, beside)
-    return slowest + coordinator_s["aggregating"] + evaluating, []
+    return slowest + between + evaluating, []
 
 
 def _disk(plan: Plan, measure: Measure, num_sites: int) -> tuple[int, int]:
@@ -211,7 +223,8 @@ def _disk(plan: Plan, measure: Measure, num_sites: int) -> tuple[int, int]:
     models = plan.rounds if plan.keep_models == "all" else min(plan.rounds, plan.keep_models + 1)
     kept = (models + 1) * sizes.model + banks * sizes.impressions
     asked = min(plan.training.sites_per_round or num_sites, num_sites)
-    under_way = asked * sizes.update + (3 if measure.averages else 1) * sizes.model + 2 * sizes.state
+    made = (3 if measure.averages else 1) + (1 if measure.recalibrates else 0)
+    under_way = asked * sizes.update + made * sizes.model + 2 * sizes.state
     return kept, kept + under_way
 
 

@@ -60,7 +60,7 @@ class MemoryImages(SiteImages):
 
 
 class SimulatedSites(AgentCompute):
-    """The compute commands `train` and `evaluate` of every site."""
+    """The compute commands `train`, `recalibrate` and `evaluate` of every site."""
 
     def __init__(self, images: MemoryImages) -> None:
         super().__init__()

@@ -53,6 +53,7 @@ def load_strategy(plan: Plan) -> Strategy:
         ) from error
     strategy = kind(options)
     strategy.check(plan)
+    strategy.recalibrates(plan)
     return strategy
 
 

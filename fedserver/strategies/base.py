@@ -178,36 +178,40 @@ class Strategy(ABC):
         """
         return ()
 
-    def statistics_to_measure(
-        self, plan: Plan, statistics: Sequence[TensorSpec], local: Collection[str]
-    ) -> list[TensorSpec]:
-        """Which of the model's BatchNorm `statistics` sites measure after a merge; none where its option says so.
+    def recalibrates(self, plan: Plan, against: str = "") -> bool:
+        """Whether sites measure BatchNorm statistics anew after each merge; `against` says what in the model forbids it.
 
-        `local` tensors stay at the sites. Raises PlanError if the option asks for it where it can't be.
+        Raises PlanError if the option asks for it where it can't be.
         """
-        wish = self.options.recalibrate
-        if wish is False:
-            return []
-        why = ""
         if plan.aggregation.rule != "mean":
-            why = (
+            against = (
                 f"aggregation.rule is '{plan.aggregation.rule}', which bounds what one site can do, and pooled statistics "
                 "would not be bounded; expected 'mean'"
             )
-        elif not statistics:
-            why = f"model '{plan.model.name}' has no BatchNorm layer with stored statistics"
+        if against and self.options.recalibrate is True:
+            raise PlanError(
+                f"strategy_options.recalibrate: {against}",
+                hint="leave the option out, or set it to 'auto': wherever nothing stands against it",
+            )
+        return self.options.recalibrate is not False and not against
+
+    def statistics_to_measure(
+        self, plan: Plan, statistics: Sequence[TensorSpec], local: Collection[str]
+    ) -> list[TensorSpec]:
+        """Which of the model's BatchNorm `statistics` sites measure after a merge: all, or none.
+
+        `local` tensors stay at the sites. Raises PlanError, as `recalibrates`.
+        """
+        against = ""
+        if not statistics:
+            against = f"model '{plan.model.name}' has no BatchNorm layer with stored statistics"
         elif any(spec.name in local for spec in statistics):
-            why = f"strategy '{self.name}' leaves the model's BatchNorm layers at the sites"
+            against = f"strategy '{self.name}' leaves the model's BatchNorm layers at the sites"
+        elif any(spec.dtype != "F32" for spec in statistics):
+            against = f"the statistics of model '{plan.model.name}' are not all float32"
         elif sum(spec.size_bytes for spec in statistics) > MAX_STATISTICS_BYTES:
-            why = f"the statistics of model '{plan.model.name}' are above {MAX_STATISTICS_BYTES} bytes"
-        if not why:
-            return list(statistics)
-        if wish == "auto":
-            return []
-        raise PlanError(
-            f"strategy_options.recalibrate: {why}",
-            hint="leave the option out, or set it to 'auto': wherever nothing stands against it",
-        )
+            against = f"the statistics of model '{plan.model.name}' are above {MAX_STATISTICS_BYTES} bytes"
+        return list(statistics) if self.recalibrates(plan, against) else []
 
     def update_extras(self, specs: Sequence[TensorSpec], parameters: Collection[str]) -> list[TensorSpec]:
         """What a site's update holds beside the model's tensors; every name begins with `EXTRA_PREFIX`.

@@ -8,11 +8,14 @@ from pydantic import ValidationError
 
 from fedcore.errors import FedimpresError, NonFiniteError, PlanError, TransferError
 from fedcore.plan import validate_plan
+from fedcore.tensor_file import TensorManifest, TensorSpec, write_tensor_file
+from fedcore.tensor_stream import manifest_to_proto
 from fedcore.v1 import federation_pb2
 from fedserver import round_events as ev
 from fedserver.directives import metrics_from_proto, report_from_proto
 from fedserver.journal import replay
 from fedserver.round_state import RunState
+from fedserver.statistics_intake import checked_statistics
 from fedserver.strategies import load_strategy
 from fedserver.suitability import checked_capabilities, unable_reason
 from tests.fuzz.target import BINARY_WORDS, TEXT_WORDS, Target, only
@@ -32,6 +35,11 @@ _FIGURES = federation_pb2.EvaluationReport(
             split="validation", num_examples=6, num_correct=3, loss_sum=2.5, class_totals=[1, 2, 3], class_correct=[1, 1, 1]
         )
     ],
+)  # fmt: skip
+_MEASURED = (("bn.running_mean", "F32", (2,)), ("bn.running_var", "F32", (2,)))
+_STATISTICS = federation_pb2.StatisticsReport(
+    run="t", round=1, model="0" * 64, num_examples=40, payload=bytes(16),
+    manifest=manifest_to_proto(TensorManifest.of(TensorSpec(*spec) for spec in _MEASURED), "0" * 64),
 )  # fmt: skip
 _CAPABILITIES = federation_pb2.Capabilities(
     models=["cnn"], objectives=["cross_entropy"], class_names=["0", "1", "2"], num_examples=40, device="cpu"
@@ -65,6 +73,15 @@ def check_figures(data: bytes, folder: Path) -> None:
         said = federation_pb2.EvaluationReport.FromString(data)
         metrics = metrics_from_proto(said, 3, "site-07 round 12")
         _survives_the_journal(ev.EvaluationReported(at=1.0, round=1, site="a", metrics=metrics))
+
+
+def check_statistics(data: bytes, folder: Path) -> None:
+    """What is taken can be stored."""
+    state = RunState(run="t", plan=_PLAN, statistic_tensors=_MEASURED)
+    with only(DecodeError, TransferError, NonFiniteError):
+        said = federation_pb2.StatisticsReport.FromString(data)
+        tensors = checked_statistics(state, said, "site-07 round 12")
+        assert len(write_tensor_file(folder / "statistics", dict(tensors))) == 64
 
 
 def check_capabilities(data: bytes, folder: Path) -> None:
@@ -101,6 +118,7 @@ def _message(name: str, check: object, message: Message) -> Target:
 TARGETS = [
     _message("update_report", check_report, _REPORT),
     _message("evaluation_report", check_figures, _FIGURES),
+    _message("statistics_report", check_statistics, _STATISTICS),
     _message("capabilities", check_capabilities, _CAPABILITIES),
     Target(
         "journal",
@@ -115,7 +133,7 @@ TARGETS = [
         check_options,
         lambda: [
             b'{"ema": 0.5, "steps": 20, "fit": "margin", "start": "white", "ratio": 0.5}',
-            b'{"mu": 0.1, "beta1": 0.9}',
+            b'{"mu": 0.1, "beta1": 0.9, "recalibrate": "auto"}',
         ],
         TEXT_WORDS,
     ),

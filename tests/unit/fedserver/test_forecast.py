@@ -35,6 +35,7 @@ def make_measure(**changes: Any) -> Measure:
     values: dict[str, Any] = {
         "sizes": SIZES, "objective": "cross_entropy", "shares_state": False, "synthesises": False,
         "synthesises_once": False, "overlaps": False, "averages": False,
+        "recalibrates": False,
     }  # fmt: skip
     return Measure(**{**values, **changes})
 
@@ -99,10 +100,13 @@ def test_a_bank_is_as_large_as_it_is_said_to_be(tmp_path):
 @pytest.mark.parametrize("averages", [False, True])
 @pytest.mark.parametrize("synthesis", [None, "beside", "after", "once"])
 @pytest.mark.parametrize("shares_state", [False, True])
-def test_totals_are_what_a_site_that_forgets_nothing_fetches(rounds, averages, synthesis, shares_state):
+@pytest.mark.parametrize("recalibrates", [False, True])
+def test_totals_are_what_a_site_that_forgets_nothing_fetches(
+    rounds, averages, synthesis, shares_state, recalibrates
+):
     plan = make_plan(rounds=rounds, synthesis={"warmup_rounds": 1, "every_rounds": 2})
     measure = make_measure(
-        averages=averages, shares_state=shares_state, synthesises=synthesis is not None,
+        averages=averages, shares_state=shares_state, recalibrates=recalibrates, synthesises=synthesis is not None,
         synthesises_once=synthesis == "once", overlaps=synthesis == "beside",
     )  # fmt: skip
     fetched: dict[str, int] = {}
@@ -115,6 +119,8 @@ def test_totals_are_what_a_site_that_forgets_nothing_fetches(rounds, averages, s
             fetched[f"state {number - 1}"] = SIZES.state
         released = f"average {number}" if averages and number > 1 else f"model {number}"
         fetched[released] = SIZES.model
+        if recalibrates:
+            fetched[f"merged {number}"] = SIZES.model
         if measure.makes_in(plan, number):
             bank = f"bank {number}"
     moved = traffic(plan, measure, 2)
