@@ -107,9 +107,9 @@ def recalibrated(*parts: Document) -> Document:
 
 
 RECALIBRATED_SETTINGS: Mapping[str, Document] = {
-    "fedavg": recalibrated(FAST),
+    "fedavg": recalibrated(FAST, AVERAGED),
     "fedlc": recalibrated(AVERAGED),
-    "fedimpres": recalibrated(options(ratio=0.5, batchnorm="separate")),
+    "fedimpres": recalibrated(EARLY, options(ratio=0.5, batchnorm="separate")),
 }
 
 
