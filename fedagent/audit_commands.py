@@ -2,12 +2,12 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-HomeOption = Annotated[Path, typer.Option("--home", help="The agent's folder.", file_okay=False)]
+from fedagent.site_commands import HomeOption
+
 OutputOption = Annotated[
     str, typer.Option("--output", "-o", help="table for people, json or jsonl for programs.")
 ]

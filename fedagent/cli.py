@@ -7,6 +7,7 @@ import typer
 
 from fedagent.audit_commands import audit_app
 from fedagent.impression_commands import impressions_app
+from fedagent.model_commands import model_app
 from fedagent.site_commands import DataOption, HomeOption, add_to
 from fedcore.program import run_program
 
@@ -21,6 +22,7 @@ app = typer.Typer(
 add_to(app)
 app.add_typer(audit_app, name="audit")
 app.add_typer(impressions_app, name="impressions")
+app.add_typer(model_app, name="model")
 
 
 @app.command("enroll")

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedagent.site_commands import HomeOption, home_of
+
 if TYPE_CHECKING:
     from fedagent.config import AgentHome
     from fedagent.held_impressions import HeldBank
 
-HomeOption = Annotated[Path, typer.Option("--home", help="The agent's folder.", file_okay=False)]
 OutputOption = Annotated[
     str, typer.Option("--output", "-o", help="table for people, json or jsonl for programs.")
 ]
@@ -31,7 +32,7 @@ def list_banks(home: HomeOption, output: OutputOption = "table") -> None:
     from fedagent.held_impressions import HeldImpressions
 
     _check(output)
-    paths = _home(home)
+    paths = home_of(home)
     came = _arrivals(paths)
     rows = [
         {
@@ -76,7 +77,7 @@ def preview(
     from fedcore.report.contact_sheet import Caption, write_sheet
     from fedcore.report.pictures import read_pictures
 
-    paths = _home(home)
+    paths = home_of(home)
     bank = _one(paths, digest)
     allowed = load_policy(paths.policy).show_impressions
     database = open_site_audit(paths.audit)
@@ -84,7 +85,7 @@ def preview(
         result = OK if allowed else PermissionDeniedError.code
         fact = Fact(
             "impressions.preview",
-            _person(),
+            person(),
             object=f"artifact/{bank.digest}",
             result=result,
             detail={"out": str(out)},
@@ -126,7 +127,7 @@ def purge(
         raise ConfigError("`impressions purge` needs a DIGEST or --all")
     if not yes and not sys.stdin.isatty():
         raise ConfigError("`impressions purge` can't ask for confirmation off a terminal", hint="add --yes")
-    paths = _home(home)
+    paths = home_of(home)
     held = HeldImpressions(paths.artifacts)
     digests = held.digests() if everything else [_one(paths, digest).digest]
     if not yes and not typer.confirm(f"Delete {len(digests)} banks of impressions?", err=True):
@@ -136,7 +137,7 @@ def purge(
     try:
         deleted = held.erase(digests)
         AuditLog(database).record_now(
-            purge_fact(deleted, asked=len(digests), purge="", by=_person(), reason=reason)
+            purge_fact(deleted, asked=len(digests), purge="", by=person(), reason=reason)
         )
     finally:
         database.close()
@@ -184,23 +185,12 @@ def _one(paths: "AgentHome", digest: str) -> "HeldBank":
     return found[0]
 
 
-def _person() -> str:
+def person() -> str:
     """Whose hand it is: the account that runs this command."""
     try:
         return f"account/{pwd.getpwuid(os.getuid()).pw_name}"
     except KeyError:
         return f"account/{os.getuid()}"
-
-
-def _home(home: Path) -> "AgentHome":
-    from fedagent.config import AgentHome
-    from fedcore.errors import ConfigError
-
-    if not home.is_dir():
-        raise ConfigError(
-            f"{home}: no such folder", hint="--home names the folder that `fedagent enroll` made"
-        )
-    return AgentHome(home)
 
 
 def _check(output: str) -> None:

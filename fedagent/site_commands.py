@@ -46,7 +46,7 @@ def pause_command(
     """
     from fedagent.pause import pause, paused_reason
 
-    paths = _home(home)
+    paths = home_of(home)
     pause(paths.paused, reason, datetime.now(UTC))
     typer.echo(paused_reason(paths.paused))
 
@@ -55,7 +55,7 @@ def resume_command(home: HomeOption) -> None:
     """Work again after `pause`."""
     from fedagent.pause import resume
 
-    typer.echo("resumed" if resume(_home(home).paused) else "was not paused")
+    typer.echo("resumed" if resume(home_of(home).paused) else "was not paused")
 
 
 def status_command(home: HomeOption) -> None:
@@ -65,7 +65,7 @@ def status_command(home: HomeOption) -> None:
     from fedagent.status_file import read_status
     from fedcore.home_lock import holder
 
-    paths = _home(home)
+    paths = home_of(home)
     pid = holder(paths.lock)
     refusal = SiteGate(paths.paused, load_policy(paths.policy)).refusal(None)
     if pid is None:
@@ -122,7 +122,7 @@ def migrate_command(
     from fedcore.home_lock import HomeLock
     from fedcore.migration import migrate_file
 
-    paths = _home(home)
+    paths = home_of(home)
     with HomeLock(paths.lock):
         typer.echo(migrate_file(paths.audit, MIGRATIONS, dry_run=dry_run))
 
@@ -142,7 +142,8 @@ def add_to(app: typer.Typer) -> None:
         app.command(name)(command)
 
 
-def _home(home: Path) -> "AgentHome":
+def home_of(home: Path) -> "AgentHome":
+    """The agent's home. Raises ConfigError if there is no such folder."""
     from fedagent.config import AgentHome
     from fedcore.errors import ConfigError
 

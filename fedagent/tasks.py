@@ -14,6 +14,7 @@ from fedagent.audit import Purpose
 from fedagent.config import AgentConfig, AgentHome
 from fedagent.held_impressions import HeldImpressions
 from fedagent.policy import SitePolicy, refusal_of_task
+from fedagent.site_model import ScoredModel, remember
 from fedagent.transfer import Transfers, load_record, save_record
 from fedcore.artifact_store import ArtifactStore
 from fedcore.compute_host import ComputeHost
@@ -167,6 +168,7 @@ class Tasks:
                 },
                 self._forward(task.run, task.round),
             )
+            await asyncio.to_thread(self._remember, task, result["splits"])
         except (FedimpresError, OSError) as error:
             self._failed(task.run, task.round, error, evaluating=True)
             return
@@ -177,6 +179,19 @@ class Tasks:
             seconds=result["seconds"],
         )
         self._send(federation_pb2.AgentMessage(evaluation=report))
+
+    def _remember(self, task: federation_pb2.EvaluateTask, splits: list[dict[str, Any]]) -> None:
+        """Keep what the site's own people need to use the model that was scored."""
+        scored = ScoredModel(
+            site=self._site,
+            run=task.run,
+            round=task.round,
+            digest=task.model.digest,
+            plan_json=task.plan_json,
+            own_tensors=(*task.local_tensors, *task.personal_tensors),
+            splits=tuple(splits),
+        )
+        remember(self._home.local_state / task.run, scored)
 
     async def _model_of(self, task: federation_pb2.RecalibrateTask | federation_pb2.EvaluateTask) -> Path:
         """The merged model of a task that follows an update, if the site's policy allows the task."""

@@ -1,9 +1,13 @@
 """What strategies keep at the coordinator, over real gRPC: it survives SIGKILL to the bit, and leaves nothing behind."""
 
+import json
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
+from fedcore.artifact_store import artifact_path
+from fedcore.models.state_file import load_tensors
 from fedserver import round_events as ev
 from tests.federation_fixture import SITES, Federation, digits_plan
 
@@ -65,3 +69,48 @@ def test_state_and_average_survive_a_killed_coordinator_and_leave_nothing_behind
     assert set(released) <= kept
     obsolete = {merge.strategy_state for merge in merges} | {merge.model for merge in merges[1:]}
     assert not obsolete & kept
+
+
+def test_a_site_takes_out_the_model_that_it_scored_with_its_own_tensors_in_it(
+    federation: Federation, tmp_path: Path
+) -> None:
+    run = federation.submit(
+        digits_plan(
+            PAIR, name="own", min_sites=2, strategy="fedimpres", strategy_options={"local_norm": True}
+        )
+    )
+    assert federation.wait(run).state == "DONE"
+    last = federation.rounds(run)[-1]
+    shared = load_tensors(artifact_path(federation.server_home / "artifacts", last["model"]))
+    models = []
+    for site in PAIR:
+        out = tmp_path / f"{site}.safetensors"
+        home = str(federation.site_home(site))
+        said = federation.command("fedagent", "model", "export", "--home", home, "--out", str(out))
+        assert said.code == 0, said
+        card = json.loads(out.with_suffix(".json").read_text())
+        assert (card["run"], card["round"], card["site"], card["global_model"]) == (
+            run,
+            2,
+            site,
+            last["model"],
+        )
+        assert card["metrics"]["test_accuracy"] == last["sites"][site]["accuracy"]
+        models.append(load_tensors(out))
+        own = {name for name, tensor in models[-1].items() if not tensor.equal(shared[name])}
+        assert "norm1.weight" in own
+        assert own <= set(card["own_tensors"]) == {name for name in shared if name.startswith("norm")}
+    assert not models[0]["norm1.running_mean"].equal(models[1]["norm1.running_mean"])
+    said = federation.command(
+        "fedagent",
+        "model",
+        "export",
+        "--home",
+        home,
+        "--run",
+        "none",
+        "--out",
+        str(tmp_path / "x.safetensors"),
+    )
+    assert said.code != 0
+    assert "no model of run none" in said.err
