@@ -27,7 +27,7 @@ class Measure:
     synthesises_once: bool
     overlaps: bool
     averages: bool
-    recalibrates: bool
+    recalibrates: bool = False
 
     def makes_in(self, plan: Plan, number: int) -> bool:
         """Whether round `number` makes impressions for the one after; the round machine's rule."""
