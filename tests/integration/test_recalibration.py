@@ -1,7 +1,7 @@
-"""BatchNorm statistics measured after the merge, over real gRPC: the bits of fedsim."""
+"""BatchNorm statistics measured after the merge, over real gRPC: the bits of fedsim, also when processes are killed."""
 
 import sqlite3
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import fedsim
 from fedcore.data.benchmark_sets import load_benchmark
 from fedcore.plan import validate_plan
 from fedserver import round_events as ev
-from tests.federation_fixture import SITES, Federation, digits_plan
+from tests.federation_fixture import SITES, Federation, digits_plan, wait_until
 
 PAIR = SITES[:2]
 ROUNDS = 2
@@ -61,4 +61,25 @@ def check(federation: Federation, run: str, simulated: list[dict[str, Any]]) -> 
 
 def test_same_bits_over_grpc_and_simulated(federation: Federation, simulated: list[dict[str, Any]]) -> None:
     run = federation.submit(plan())
+    check(federation, run, simulated)
+
+
+def test_agent_killed_while_it_measures_and_coordinator_while_it_pools(
+    federation: Federation, simulated: list[dict[str, Any]]
+) -> None:
+    first, second = PAIR
+    with ExitStack() as pooling:
+        with ExitStack() as measuring:
+            with federation.training(plan(), first) as run:
+                wait_until(lambda: "update_stored" in federation.journal(run), "the other's update")
+                measuring.enter_context(federation.hold_compute(second))
+            federation.wait_phase(run, "recalibrating")
+            wait_until(lambda: "statistics_stored" in federation.journal(run), "the statistics of one site")
+            pooling.enter_context(federation.hold_compute("coordinator"))
+            federation.kill_with_compute(second)
+        federation.start_agent(second)
+        wait_until(lambda: federation.journal(run).count("statistics_stored") == 2, "all statistics")
+        federation.kill_with_compute("coordinator")
+        assert "model_recalibrated" not in federation.journal(run)
+    federation.start_coordinator()
     check(federation, run, simulated)
