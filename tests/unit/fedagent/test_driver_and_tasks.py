@@ -45,7 +45,7 @@ def train(args, job):
     return {"digest": write_tensor_file(Path(args["out"]), {"w": (spec, bytes(16))}), "report": {"num_examples": 3}}
 
 if __name__ == "__main__":
-    serve({"describe": fail, "evaluate": fail, "train": train})
+    serve({"describe": fail, "evaluate": fail, "recalibrate": fail, "train": train})
 """
 
 
@@ -76,6 +76,10 @@ class Site:
     def evaluate(self, run: str) -> federation_pb2.EvaluateTask:
         model = tensor_pb2.ArtifactRef(digest=self.model, payload_bytes=8)
         return federation_pb2.EvaluateTask(run=run, round=1, model=model, plan_json="{}")
+
+    def recalibrate(self, run: str) -> federation_pb2.RecalibrateTask:
+        model = tensor_pb2.ArtifactRef(digest=self.model, payload_bytes=8)
+        return federation_pb2.RecalibrateTask(run=run, round=1, model=model, plan_json="{}")
 
     def delivers(
         self, deliver: Callable[..., Coroutine[Any, Any, Any]], monkeypatch: pytest.MonkeyPatch
@@ -120,12 +124,18 @@ def test_names_that_are_no_utf8_reach_the_coordinator_written_out(site: Site, ho
         assert reason.startswith(r"/data/gr\udcfc\udcdfe.png: can't be read!")
         assert len(reason) == 1000
         await site.tasks.evaluate(site.evaluate("blood-1"))
+        await site.tasks.recalibrate(site.recalibrate("blood-1"))
 
     go(host, story())
-    (failed,) = site.failures()
-    assert failed.reason.startswith(r"/data/gr\udcfc\udcdfe.png")
-    assert len(failed.reason) == 2000
-    assert federation_pb2.TaskFailed.FromString(failed.SerializeToString()) == failed
+    assert [(failed.evaluating, failed.recalibrating) for failed in site.failures()] == [
+        (True, False),
+        (False, True),
+    ]
+    for failed in site.failures():
+        assert failed.reason.startswith(r"/data/gr\udcfc\udcdfe.png")
+        assert len(failed.reason) == 2000
+        assert federation_pb2.TaskFailed.FromString(failed.SerializeToString()) == failed
+    assert not list((site.home.artifacts / "tmp").iterdir())
 
 
 def test_what_other_runs_left_goes_when_the_next_begins(
@@ -268,11 +278,14 @@ class Buggy:
         self.begun += 1
         raise KeyError("a secret of the site")
 
+    async def recalibrate(self, task: Any) -> None:
+        await self.train(task)
+
     async def evaluate(self, task: Any) -> None:
         await self.train(task)
 
 
-@pytest.mark.parametrize("kind", ["train", "evaluate"])
+@pytest.mark.parametrize("kind", ["train", "recalibrate", "evaluate"])
 def test_a_bug_ends_the_task_once_and_is_told_without_its_text(kind: str) -> None:
     async def story() -> None:
         tasks = Buggy()
@@ -285,14 +298,15 @@ def test_a_bug_ends_the_task_once_and_is_told_without_its_text(kind: str) -> Non
                 await asyncio.sleep(0)
             assert tasks.begun == times, "begins only when it is asked for"
             (failed,) = told.failures()
-            assert (failed.run, failed.round, failed.evaluating) == ("blood-1", 3, kind == "evaluate")
+            assert (failed.run, failed.round) == ("blood-1", 3)
+            assert (failed.recalibrating, failed.evaluating) == (kind == "recalibrate", kind == "evaluate")
             assert "KeyError" in failed.reason
             assert "secret" not in failed.reason
 
     asyncio.run(story())
 
 
-@pytest.mark.parametrize("kind", ["train", "evaluate"])
+@pytest.mark.parametrize("kind", ["train", "recalibrate", "evaluate"])
 @pytest.mark.parametrize("run", HOSTILE)
 def test_a_run_that_is_no_name_reaches_no_path(run: str, kind: str, site: Site, host: ComputeHost) -> None:
     before = sorted(site.home.root.rglob("*"))
@@ -303,7 +317,8 @@ def test_a_run_that_is_no_name_reaches_no_path(run: str, kind: str, site: Site, 
         for _ in range(20):
             await asyncio.sleep(0)
         (failed,) = told.failures()
-        assert (failed.run, failed.evaluating) == (run, kind == "evaluate")
+        assert failed.run == run
+        assert (failed.recalibrating, failed.evaluating) == (kind == "recalibrate", kind == "evaluate")
         assert "not a run's name" in failed.reason
 
     go(host, story())

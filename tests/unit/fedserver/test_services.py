@@ -248,16 +248,21 @@ def test_what_an_agent_says_is_kept_as_a_short_line(stream: Stream) -> None:
             failed=federation_pb2.TaskFailed(run="t-1", round=1, reason=evil, evaluating=True)
         ),
         federation_pb2.AgentMessage(
+            failed=federation_pb2.TaskFailed(run="t-1", round=1, reason=evil, recalibrating=True)
+        ),
+        federation_pb2.AgentMessage(
             progress=federation_pb2.Progress(stage=evil, done=1, total=2, loss=float("nan"), images_per_s=9.0)
         ),
         federation_pb2.AgentMessage(capabilities=federation_pb2.Capabilities(unavailable_reason=evil)),
     )
-    let_go, not_evaluated = stream.driver.posted
+    let_go, not_evaluated, not_measured = stream.driver.posted
     assert isinstance(let_go, ev.SiteLetGo)
     assert isinstance(not_evaluated, ev.EvaluationLetGo)
+    assert isinstance(not_measured, ev.StatisticsLetGo)
     for text in (
         let_go.reason,
         not_evaluated.reason,
+        not_measured.reason,
         session.progress.stage,
         session.capabilities.unavailable_reason,
     ):

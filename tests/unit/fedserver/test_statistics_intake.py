@@ -1,16 +1,23 @@
 """BatchNorm statistics from the wire: what is taken, and why anything else is not."""
 
+import asyncio
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from fedcore.artifact_store import ArtifactStore
 from fedcore.errors import ConflictError, NonFiniteError, TensorMismatchError, TransferError
-from fedcore.tensor_file import TensorManifest, TensorSpec
+from fedcore.tensor_file import TensorManifest, TensorSpec, read_manifest
 from fedcore.tensor_stream import manifest_to_proto
 from fedcore.v1 import federation_pb2
+from fedserver import round_events as ev
 from fedserver.round_state import Round, RunState, Stage, Statistics
-from fedserver.statistics_intake import check_asked, checked_statistics
+from fedserver.statistics_intake import StatisticsIntake, check_asked, checked_statistics
 from tests.unit.fedserver.test_round_machine import make_plan
 
 NAMES = (("bn.running_mean", "F32", (2,)), ("bn.running_var", "F32", (2,)))
@@ -82,3 +89,45 @@ def test_what_can_not_be_is_refused_with_the_reason(said, error, why) -> None:
 def test_what_nobody_asked_for_comes_too_late(state, site, said) -> None:
     with pytest.raises(ConflictError, match=f"{site} round"):
         check_asked(state, site, said, f"{site} round {said.round}")
+
+
+class Told:
+    """The round driver's side that the intake needs."""
+
+    def __init__(self) -> None:
+        self.posted: list[ev.Event] = []
+        self.discarded: list[str] = []
+        self.late = False
+
+    def view(self, run: str) -> Any:
+        return SimpleNamespace(state=STATE)
+
+    async def post(self, run: str, event: ev.Event) -> None:
+        if self.late:
+            raise ConflictError("the round went on")
+        self.posted.append(event)
+
+    def discard_unneeded(self, digest: str) -> None:
+        self.discarded.append(digest)
+
+
+def test_what_is_taken_is_a_file_before_it_is_a_fact(tmp_path: Path) -> None:
+    store, told = ArtifactStore(tmp_path), Told()
+    with ThreadPoolExecutor(1) as pool:
+        intake = StatisticsIntake(cast(Any, told), store, pool)
+        asyncio.run(intake.take("a", 1.0, report()))
+        asyncio.run(intake.take("b", 1.0, report(1, 2, 3, -1)))
+        told.late = True
+        with pytest.raises(ConflictError):
+            asyncio.run(intake.take("a", 1.0, report(5, 6, 7, 8)))
+    taken, refused = told.posted
+    assert isinstance(taken, ev.StatisticsStored)
+    assert taken.num_examples == 5
+    assert store.intact(taken.digest)
+    assert read_manifest(store.find(taken.digest))[0].payload_bytes == 16
+    assert isinstance(refused, ev.StatisticsLetGo)
+    assert refused.reason.startswith(
+        "b round 3: tensor 'bn.running_var' of its statistics holds a negative variance"
+    )
+    assert [digest for digest in told.discarded if digest != taken.digest] == told.discarded != []
+    assert not list((tmp_path / "tmp").iterdir())
