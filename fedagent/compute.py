@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedagent.config import ComputeConfig
 from fedagent.local_state import LocalState
 from fedagent.noop import train_noop
@@ -22,6 +24,7 @@ from fedcore.models import learns_from_images, model_names
 from fedcore.models.base import FederatedModel
 from fedcore.models.state_file import load_tensors, save_state
 from fedcore.plan import Plan, plan_from_json
+from fedcore.seeding import derive_seed
 
 
 class AgentCompute:
@@ -104,7 +107,10 @@ class AgentCompute:
         plan = plan_from_json(args["plan"])
         _, images = self._images.get(args["data"], plan, device)
         model = _global_model(args, plan, device, args["local_tensors"])
-        found = measure_statistics(model, images, plan, job, f"{args['site']} round {args['round']}")
+        number, site = int(args["round"]), args["site"]
+        seed = derive_seed(plan.seed, "recalibration", number, site)
+        generator = torch.Generator().manual_seed(seed)
+        found = measure_statistics(model, images, plan, job, f"{site} round {number}", generator)
         digest = save_state(Path(args["out"]), found)
         return {"digest": digest, "num_examples": len(images), "seconds": time.monotonic() - began}
 

@@ -19,9 +19,9 @@ from fedcore.models.base import FederatedModel, batch_norm_layers, statistic_nam
 from fedcore.plan import Plan
 
 PROGRESS_INTERVAL_S = 0.2
-# Training batches that are measured as one: without a gradient no activation outlives its layer, so it takes no more memory
-# than training does, and the more images a batch has, the nearer its statistics are to those of all.
-_BATCHES_AT_ONCE = 4
+# Training batches that are measured as one: the more images a batch has, the nearer its statistics are to those of all.
+# Without a gradient no activation outlives its layer, so that it takes about the memory of training in bf16.
+_BATCHES_AT_ONCE = 2
 
 
 @dataclass(slots=True)
@@ -45,11 +45,17 @@ class _Seen:
 
 
 def measure_statistics(
-    model: FederatedModel, images: ResidentImages, plan: Plan, job: Job, who: str
+    model: FederatedModel,
+    images: ResidentImages,
+    plan: Plan,
+    job: Job,
+    who: str,
+    generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """Mean and population variance [C], float32 on the CPU, of what each BatchNorm layer sees of the training images.
 
-    One pass in a fixed order without a gradient, augmentation or dropout, in float32. Every layer is normalised by what it
+    One pass without a gradient, augmentation or dropout, in float32, in an order that `generator` draws: a site's folders
+    come class by class, and a batch of one class is normalised as none is in training. Every layer is normalised by what it
     sees of the batch, as in training, so the layers behind it see what they would with these statistics; the batches'
     statistics are pooled by size, the spread of their means included. A batch is a few of training. `model` is left with
     the statistics of the last one. `who` begins messages.
@@ -63,7 +69,7 @@ def measure_statistics(
     seen: dict[str, _Seen] = {}
     hooks = [layer.register_forward_pre_hook(_watch(name, seen)) for name, layer in layers.items()]
     try:
-        _pass_all(model.eval(), images, plan, job)
+        _pass_all(model.eval(), images, plan, job, generator)
     finally:
         for hook in hooks:
             hook.remove()
@@ -99,13 +105,16 @@ def _watch(name: str, seen: dict[str, _Seen]) -> Callable[[nn.Module, tuple[Tens
 
 
 @torch.no_grad()
-def _pass_all(model: FederatedModel, images: ResidentImages, plan: Plan, job: Job) -> None:
+def _pass_all(
+    model: FederatedModel, images: ResidentImages, plan: Plan, job: Job, generator: torch.Generator
+) -> None:
     began = told = time.monotonic()
+    order_N = torch.randperm(len(images), generator=generator)
     bounds = batch_bounds(len(images), _BATCHES_AT_ONCE * max(2, plan.training.batch_size))
     job.progress(stage="recalibrating", done=0, total=len(bounds), images_per_s=0.0)
     for number, (start, stop) in enumerate(bounds, 1):
         job.check()
-        pixels_NCHW, _ = images.take(torch.arange(start, stop))
+        pixels_NCHW, _ = images.take(order_N[start:stop])
         model.features(transforms.normalise(pixels_NCHW, plan).contiguous(memory_format=torch.channels_last))
         now = time.monotonic()
         if now - told >= PROGRESS_INTERVAL_S or number == len(bounds):

@@ -191,7 +191,11 @@ class Tasks:
             own_tensors=(*task.local_tensors, *task.personal_tensors),
             splits=tuple(splits),
         )
-        remember(self._home.local_state / task.run, scored)
+        try:
+            remember(self._home.local_state / task.run, scored)
+        except OSError as error:
+            # The federation gets its figures all the same.
+            log.warning("the model scored can't be exported here", run=task.run, error=str(error))
 
     async def _model_of(self, task: federation_pb2.RecalibrateTask | federation_pb2.EvaluateTask) -> Path:
         """The merged model of a task that follows an update, if the site's policy allows the task."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from fedcore.compute_worker import Handler, Job, serve
 from fedcore.device import ComputeDevice, open_device
 from fedcore.digest import is_intact
-from fedcore.errors import ConfigError, FedimpresError, PlanError, TensorMismatchError
+from fedcore.errors import ConfigError, FedimpresError, PlanError, StorageError, TensorMismatchError
 from fedcore.evaluation import evaluate
 from fedcore.models import build_model
 from fedcore.models.base import FederatedModel, batch_norm_layers, norm_tensor_names, statistic_names
@@ -192,15 +192,31 @@ class ServerCompute:
         }
 
     def pool_statistics(self, args: dict[str, Any], job: Job) -> dict[str, Any]:
-        """Put the statistics that sites measured on a model into it. Raises as `recalibrate`."""
+        """Put the statistics that sites measured on a model into it.
+
+        Raises as `recalibrate`, StorageError also for a file that is no longer what arrived.
+        """
         plan = plan_from_json(args["plan"])
         _device(args)
+        files = {"the merged model": args["model"]} | {
+            f"{found['site']}'s statistics": found for found in args["statistics"]
+        }
+        for what, file in files.items():
+            if not is_intact(Path(file["path"]), file["digest"]):
+                raise StorageError(
+                    f"{what} of round {args['round']}: missing or damaged on the coordinator's disk"
+                )
         measured = [
             (SiteReport.of(found["site"], found["report"]), Path(found["path"]))
             for found in args["statistics"]
         ]
         found = recalibrate(
-            Path(args["model"]), measured, load_strategy(plan), plan, int(args["round"]), Path(args["out"])
+            Path(args["model"]["path"]),
+            measured,
+            load_strategy(plan),
+            plan,
+            int(args["round"]),
+            Path(args["out"]),
         )
         return {"digest": found.digest, "rejected": dict(found.rejected)}
 
@@ -257,10 +273,12 @@ class ServerCompute:
         plan = plan_from_json(args["plan"])
         device = _device(args)
         layout = _layout(plan.model.model_dump_json())
-        local = load_strategy(plan).local_tensors(layout.names, layout.norm_names)
-        if local:
-            # The global model's own are those of the run's first model: a score with them would be nobody's.
-            note = f"updates not scored: strategy '{plan.strategy}' leaves {len(local)} tensors of the model at the sites"
+        strategy = load_strategy(plan)
+        own = [*strategy.local_tensors(layout.names, layout.norm_names)]
+        own += strategy.personal_tensors(layout.names, layout.norm_names)
+        if own:
+            # No site starts from the global model as it is here: a score of it would be nobody's.
+            note = f"updates not scored: strategy '{plan.strategy}' gives each site {len(own)} tensors of its own"
             return {"class_totals": [], "before": [], "after": {}, "note": note}
         updates = [(update["site"], Path(update["path"])) for update in args["updates"]]
         images = self._scoring_images.of(plan, Path(args["data"]))

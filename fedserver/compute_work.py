@@ -197,12 +197,18 @@ class ComputeWork:
         self, state: RunState, command: PoolStatistics, plan: str, out: Path, on_progress: Progress
     ) -> ev.Event:
         measured = [
-            {"site": site, "path": str(self._store.find(digest)), "report": report.model_dump()}
+            {
+                "site": site,
+                "path": str(self._store.path(digest)),
+                "digest": digest,
+                "report": report.model_dump(),
+            }
             for site, digest, report in command.statistics
         ]
+        model = {"path": str(self._store.path(command.model)), "digest": command.model}
         result = await self._run(
-            "pool_statistics", on_progress, plan=plan, round=command.round,
-            model=str(self._store.find(command.model)), statistics=measured, out=str(out),
+            "pool_statistics", on_progress, plan=plan, round=command.round, model=model, statistics=measured,
+            out=str(out),
         )  # fmt: skip
         await self._adopt(state.run, out, result["digest"])
         return ev.ModelRecalibrated(

@@ -7,8 +7,8 @@ from fedserver import round_events as ev
 
 # Fields of events that are too long for a line of the log.
 _NOT_LOGGED = {
-    "at", "kind", "record_json", "update_tensors", "local_tensors", "metrics", "report", "class_totals", "before",
-    "after", "verdicts", "registered_examples", "statistic_tensors",
+    "at", "kind", "record_json", "update_tensors", "local_tensors", "personal_tensors", "metrics", "report",
+    "class_totals", "before", "after", "verdicts", "registered_examples", "statistic_tensors",
 }  # fmt: skip
 # Facts that every site brings in every round, of which the log tells only when it tells all; the journal has them.
 _ROUTINE = ev.TaskStarted | ev.StatisticsStored | ev.EvaluationReported

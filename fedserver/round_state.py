@@ -391,7 +391,7 @@ def superseded(before: RunState, after: RunState) -> set[str]:
     if after.status.final:
         found |= {after.strategy_state, after.model if after.finished else None}
     if (current := before.current) is not None:
-        found |= {current.model, current.strategy_state, current.merged}
+        found |= {current.model, current.released, current.strategy_state, current.merged}
         found |= {update.digest for update in current.reported.values()}
         found |= {measured.digest for measured in current.statistics.values()}
     return {digest for digest in found if digest} - needed(after)

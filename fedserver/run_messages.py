@@ -140,6 +140,8 @@ def model_card(state: RunState, record: RoundRecord) -> dict[str, object]:
             "balanced_accuracy": record.balanced_accuracy,
             "validation_accuracy": record.validation_accuracy,
         },
+        # Where each site has layers of its own, it scored this model with those in it.
+        "metrics_of": "sites' own models" if state.local_tensors or state.personal_tensors else "this model",
         "seed": plan.seed,
         "local_tensors": list(state.local_tensors),
         "personal_tensors": list(state.personal_tensors),

@@ -7,7 +7,7 @@ import numpy as np
 import structlog
 
 from fedcore.artifact_store import ArtifactStore
-from fedcore.errors import ConflictError, FedimpresError, NonFiniteError, TransferError
+from fedcore.errors import ConflictError, DiskError, FedimpresError, NonFiniteError, TransferError
 from fedcore.tensor_file import TensorManifest, TensorSpec, check_expected, write_tensor_file
 from fedcore.tensor_stream import manifest_from_proto
 from fedcore.v1 import federation_pb2
@@ -58,6 +58,8 @@ class StatisticsIntake:
         try:
             digest = write_tensor_file(path, dict(tensors))
             self._store.adopt(path, digest)
+        except OSError as error:
+            raise DiskError(f"{path}: can't be written: {error}") from error
         finally:
             path.unlink(missing_ok=True)
         return digest

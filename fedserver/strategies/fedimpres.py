@@ -16,7 +16,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from fedcore.errors import PlanError
 from fedcore.plan import Options as PlanOptions
+from fedcore.plan import Plan
 from fedserver.strategies.base import Strategy, StrategyOptions
 from fedserver.synthesis.options import SynthesisOptions
 
@@ -70,6 +72,22 @@ class FedImpres(Strategy):
     def objective_options(self) -> PlanOptions:
         """Weights, sampling and normalisation at the sites."""
         return {name: getattr(self.options, name) for name in LOCAL_OPTIONS}
+
+    def check(self, plan: Plan) -> None:
+        """Refuse layers that are frozen at statistics which are not the global model's. Raises PlanError."""
+        options = self.options
+        if options.batchnorm != "frozen_global":
+            return
+        why = ""
+        if options.local_norm:
+            why = "local_norm gives each site layers of its own"
+        elif options.recalibrate is not False and options.ema > 0:
+            why = "with recalibrate and ema sites start from a model that is not the one with measured statistics"
+        if why:
+            raise PlanError(
+                f"strategy 'fedimpres': batchnorm is 'frozen_global', but {why}",
+                hint="choose batchnorm = 'shared' or 'separate'",
+            )
 
     def personal_tensors(self, names: Sequence[str], norm_names: Collection[str]) -> tuple[str, ...]:
         """Every tensor of a normalisation layer, in the model's order, with `local_norm`."""

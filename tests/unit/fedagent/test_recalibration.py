@@ -36,7 +36,8 @@ def model() -> FederatedModel:
 
 
 def measured(model: FederatedModel, images: ResidentImages, plan: Plan = PLAN) -> dict[str, Tensor]:
-    return measure_statistics(model, images, plan, Job(1, lambda message: None), "a round 1")
+    generator = torch.Generator().manual_seed(1)
+    return measure_statistics(model, images, plan, Job(1, lambda message: None), "a round 1", generator)
 
 
 def in_one_batch(model: FederatedModel, images: ResidentImages) -> dict[str, Tensor]:
@@ -95,6 +96,20 @@ def test_it_is_the_same_bits_whatever_was_stored_before(model, images):
     assert all(value.dtype == torch.float32 for value in first.values())
 
 
+def test_images_that_lie_class_by_class_are_measured_like_mixed_ones(model):
+    """As folders give them: a batch of one class would be normalised as none is in training."""
+    generator = torch.Generator().manual_seed(0)
+    contrast_N111 = torch.linspace(0.1, 1, 4).repeat_interleave(64).view(-1, 1, 1, 1)
+    noise = torch.randint(0, 255, (256, *PLAN.model.input), generator=generator)
+    pixels = (noise * contrast_N111).to(torch.uint8)
+    by_class = ResidentImages(pixels, torch.zeros(256, dtype=torch.int64), torch.device("cpu"))
+    mixed = by_class.chosen(torch.randperm(256, generator=generator))
+    found, expected = measured(model, by_class), measured(model, mixed)
+    for name, value in expected.items():
+        if name.endswith("running_var"):
+            assert abs(float(found[name].sum() / value.sum()) - 1) < 0.02, name
+
+
 def test_a_single_image_is_measured(model, images):
     found = measured(model, images.chosen(torch.tensor([3])))
     assert all(bool((value >= 0).all()) for name, value in found.items() if name.endswith("var"))
@@ -112,7 +127,7 @@ def test_it_ends_within_a_batch_when_withdrawn(model, images):
     job = Job(1, lambda message: None)
     job.cancel()
     with pytest.raises(Cancelled):
-        measure_statistics(model, images, PLAN, job, "a")
+        measure_statistics(model, images, PLAN, job, "a", torch.Generator())
 
 
 def test_a_model_that_normalises_by_groups_has_nothing_to_measure(images):

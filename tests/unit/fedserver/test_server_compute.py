@@ -96,7 +96,7 @@ def test_the_process_answers_its_commands(tmp_path):
 
     first, merged, made, scored = asyncio.run(talk())
     assert set(first) == {
-        "digest", "update_tensors", "local_tensors", "objective", "objective_options", "shares_state",
+        "digest", "update_tensors", "local_tensors", "personal_tensors", "objective", "objective_options", "shares_state",
         "synthesises_once", "overlaps", "statistic_tensors",
     }  # fmt: skip
     assert not first["shares_state"]

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedcore.errors import LearningError, PlanError
+from fedcore.compute_worker import Job
+from fedcore.digest import file_digest
+from fedcore.errors import LearningError, PlanError, StorageError
 from fedcore.models.state_file import load_tensors, save_state
 from fedcore.plan import Plan, validate_plan
 from fedcore.tensor_file import TensorSpec
@@ -123,3 +125,21 @@ def test_the_first_model_tells_what_is_measured_in_its_run(tmp_path):
     )
     with pytest.raises(PlanError, match="has no BatchNorm layer"):
         ServerCompute().measure({"plan": plain.to_json(), "compute": {"device": "cpu"}}, None)
+
+
+@pytest.mark.parametrize("damaged", ["model", "statistics"])
+def test_what_is_no_longer_what_arrived_is_not_pooled(tmp_path, damaged):
+    measured = write(tmp_path, a=(30, {MEAN: torch.zeros(2), VARIANCE: torch.ones(2)}))
+    (report, path) = measured[0]
+    report_document = {"num_examples": report.num_examples, "num_steps": 1}
+    statistics = {"site": "a", "path": str(path), "digest": file_digest(path), "report": report_document}
+    model = {"path": str(tmp_path / "model"), "digest": file_digest(tmp_path / "model")}
+    args = {
+        "compute": {"device": "cpu", "threads": 1}, "plan": plan(min_sites=1).to_json(), "round": 1,
+        "model": model, "statistics": [statistics], "out": str(tmp_path / "out"),
+    }  # fmt: skip
+    assert ServerCompute().pool_statistics(args, Job(1, lambda m: None))["digest"]
+    file = tmp_path / "model" if damaged == "model" else path
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(StorageError, match="damaged on the coordinator's disk"):
+        ServerCompute().pool_statistics(args, Job(1, lambda m: None))

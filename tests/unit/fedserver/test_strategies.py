@@ -88,6 +88,13 @@ def test_fedimpres_gives_each_site_its_own_normalisation_if_asked():
     assert load_strategy(plan("fedimpres")).personal_tensors(names, norms) == ()
 
 
+@pytest.mark.parametrize("options", [{"local_norm": True}, {"recalibrate": True, "ema": 0.5}])
+def test_layers_are_not_frozen_at_statistics_that_are_not_the_global_models(options):
+    with pytest.raises(PlanError, match=r"batchnorm is 'frozen_global', but .*choose"):
+        load_strategy(plan("fedimpres", batchnorm="frozen_global", **options))
+    load_strategy(plan("fedimpres", **options))
+
+
 def test_an_unknown_strategy_names_the_known():
     with pytest.raises(PlanError, match=r"'fedagv' is unknown.*fedavg.*fedimpres"):
         load_strategy(plan("fedagv"))

@@ -130,7 +130,16 @@ def test_where_sites_keep_tensors_an_update_is_no_model(tmp_path: Path) -> None:
     first_model(tmp_path, plan)
     found = score(tmp_path, plan, a=tmp_path / "model")
     assert (found["after"], found["class_totals"]) == ({}, [])
-    assert found["note"] == "updates not scored: strategy 'fedbn' leaves 15 tensors of the model at the sites"
+    assert found["note"] == "updates not scored: strategy 'fedbn' gives each site 15 tensors of its own"
+
+
+def test_where_sites_have_layers_of_their_own_none_starts_from_the_global_model(tmp_path: Path) -> None:
+    plan = plan_for(own_images(tmp_path / "own.npz"), strategy="fedimpres")
+    plan = plan.model_copy(update={"strategy_options": {"local_norm": True}})
+    first_model(tmp_path, plan)
+    found = score(tmp_path, plan, a=tmp_path / "model")
+    assert (found["after"], found["class_totals"]) == ({}, [])
+    assert "gives each site 15 tensors of its own" in found["note"]
 
 
 def test_withdrawn_scoring_ends(tmp_path: Path) -> None:
