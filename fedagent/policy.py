@@ -111,7 +111,7 @@ def refusal_of_task(
 ) -> str:
     """Why this site does not do a task, in words; empty if it does.
 
-    `objective` is None for an evaluation. Raises PlanError if a rule needs the plan and it can't be read.
+    `objective` is None for an evaluation or a recalibration. Raises PlanError if a rule needs the plan and it can't be read.
     """
     if has_impressions and not policy.receive_impressions:
         return "refuses: policy forbids to receive impressions"

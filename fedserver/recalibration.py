@@ -65,7 +65,7 @@ def apply_recalibration(state: RunState, current: Round, event: RecalibrationEve
             return replace(state, current=changed)
         case ev.ModelRecalibrated():
             # Where the strategy averages models over rounds, sites go on from the newest one as it was merged: training
-            # normalises by batch and reads no statistics.
+            # normalises by batch and reads no statistics (layers frozen at them are refused in such a run).
             newest = current.model != current.released
             changed = replace(
                 current,

@@ -435,8 +435,8 @@ class SiteProgress(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     site: _builtins.str
     stage: _builtins.str
-    """"waiting", "fetching", "training", "delivering", "reported", "evaluating", "evaluated",
-    "let go", "failed" or "absent".
+    """"waiting", "fetching", "training", "delivering", "reported", "recalibrating", "measured", "evaluating",
+    "evaluated", "let go", "failed" or "absent".
     """
     done: _builtins.int
     total: _builtins.int
