@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from fedagent.transfer import save_record
-from fedcore.errors import NotFoundError
+from fedcore.errors import NotFoundError, StorageError
 from fedcore.plan import Plan, plan_from_json
 
 _NAME = "model.json"
@@ -46,7 +46,7 @@ def remember(folder: Path, scored: ScoredModel) -> None:
 def last_scored(local_state: Path, run: str | None = None) -> tuple[ScoredModel, Path]:
     """What was scored last, of a run or of whichever is here, and the run's folder.
 
-    Raises NotFoundError if nothing was.
+    Raises NotFoundError if nothing was, StorageError if the record is damaged.
     """
     paths = [path for path in local_state.glob(f"*/{_NAME}") if run in (None, path.parent.name)]
     if not paths:
@@ -55,7 +55,11 @@ def last_scored(local_state: Path, run: str | None = None) -> tuple[ScoredModel,
             hint="a site keeps the model of its newest run, from the end of the run's first round on",
         )
     newest = max(paths, key=lambda path: path.stat().st_mtime)
-    return ScoredModel.model_validate_json(newest.read_bytes()), newest.parent
+    try:
+        return ScoredModel.model_validate_json(newest.read_bytes()), newest.parent
+    except ValueError as error:
+        hint = "it is written anew when this site scores a model again"
+        raise StorageError(f"{newest}: is no record of a scored model", hint=hint) from error
 
 
 def write_site_model(scored: ScoredModel, state: Path, artifacts: Path, out: Path) -> str:

@@ -114,3 +114,7 @@ def test_a_site_takes_out_the_model_that_it_scored_with_its_own_tensors_in_it(
     )
     assert said.code != 0
     assert "no model of run none" in said.err
+    (federation.site_home(site) / "local" / run / "model.json").write_text("{")
+    said = federation.command("fedagent", "model", "export", "--home", home, "--out", str(out))
+    assert said.code != 0
+    assert "is no record of a scored model" in said.err
