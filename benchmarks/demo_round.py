@@ -62,11 +62,7 @@ def demo(strategy: str, dataset: str, data: Path | None, seed: int) -> list[dict
 
 def compared(without: list[dict[str, Any]], having: list[dict[str, Any]]) -> dict[str, Any]:
     """Median seconds of the rounds that train on impressions, without and with them."""
-    numbers = {
-        record["round"]
-        for record in having
-        if any(report.get("num_impressions") for report in record["training"].values())
-    }
+    numbers = {record["round"] for record in having if any(record["impressions"]["used"].values())}
     seconds = [
         statistics.median(record["seconds"] for record in records if record["round"] in numbers)
         for records in (without, having)
