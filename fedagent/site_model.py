@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from fedagent.transfer import save_record
 from fedcore.errors import NotFoundError, StorageError
+from fedcore.model_card import described
 from fedcore.plan import Plan, plan_from_json
 
 _NAME = "model.json"
@@ -94,11 +95,7 @@ def card(scored: ScoredModel, digest: str) -> dict[str, object]:
         "digest": digest,
         "global_model": scored.digest,
         "site": scored.site,
-        "strategy": plan.strategy,
-        "model": plan.model.model_dump(mode="json"),
-        "input": list(plan.model.input),
-        "class_names": list(plan.class_names),
-        "transform": {"mean": list(plan.mean), "std": list(plan.std)},
+        **described(plan),
         "metrics": _accuracies(scored.splits),
         "seed": plan.seed,
         "own_tensors": list(scored.own_tensors),

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
+from fedcore.model_card import described
 from fedcore.round_record import RoundRecord
 from fedcore.text import ranges
 from fedcore.v1 import admin_pb2
@@ -130,11 +131,7 @@ def model_card(state: RunState, record: RoundRecord) -> dict[str, object]:
         "run": state.run,
         "round": record.round,
         "digest": record.model,
-        "strategy": plan.strategy,
-        "model": plan.model.model_dump(mode="json"),
-        "input": list(plan.model.input),
-        "class_names": list(plan.class_names),
-        "transform": {"mean": list(plan.mean), "std": list(plan.std)},
+        **described(plan),
         "metrics": {
             "accuracy": record.accuracy,
             "balanced_accuracy": record.balanced_accuracy,
