@@ -4,8 +4,9 @@
     python benchmarks/poisoning.py --table          # only the Markdown table of what is there
 
 Eight sites of rebuilt BloodMNIST, two of them bad in every round (`fedsim.attacks`): updates times ten, times minus one,
-NaN, or Gaussian noise of ten times their size. A row is a defence, a column an attack; cells are accuracies on
-about 100 test images of each site, the mean of the last three rounds and of the seeds. The gate is off but in its rows.
+times minus ten, NaN, or Gaussian noise of ten times their size. A row is a defence, a column an attack; cells are
+accuracies on about 100 test images of each site, the mean of the last three rounds and of the seeds. The gate is off but
+in its rows.
 NaN is refused by every rule, gate or not (and, over the wire, at delivery): plain averaging would have no model at all.
 Prints one JSON object: the mean accuracies by defence and attack.
 """
@@ -46,6 +47,9 @@ DEFENCES: dict[str, Defence] = {
     "plain averaging": {"gate": NO_GATE},
     "gate": {},
     "gate, norm_factor 3": {"gate": {"norm_factor": 3.0}},
+    # Nothing is shortened: what is too long is refused.
+    "gate, refusing": {"gate": {"refuse_factor": 6.0}},
+    "gate, norm_factor 3, refusing": {"gate": {"norm_factor": 3.0, "refuse_factor": 3.0}},
     "median": {"gate": NO_GATE, "aggregation": {"rule": "median"}},
     "trimmed_mean, 2": {"gate": NO_GATE, "aggregation": {"rule": "trimmed_mean", "tolerate": 2}},
     "multi_krum, 2": {"gate": NO_GATE, "aggregation": {"rule": "multi_krum", "tolerate": 2}},

@@ -1,4 +1,4 @@
-"""Two sections of a plan against bad updates: `[gate]`, which leaves them out, and `[aggregation]`, which limits their pull.
+"""Two sections of a plan against bad updates: `[gate]` shortens or refuses them, `[aggregation]` limits their pull.
 
 Only the coordinator acts upon them; sites get a plan without them (`Plan.to_site_json`).
 """
@@ -16,11 +16,14 @@ class GateSection(_Section):
     """What an update must pass before it is merged; finite tensors of the model's shapes are always asked for."""
 
     # Whether an update's distance from the model that it started from is held against the round's median distance, and
-    # how many times the median it may be. Parameters, BatchNorm statistics and what the strategy adds are each held
-    # against their own median; statistics follow a site's images and are honest at several times it. With fewer than
-    # three updates there is no median to speak of, and nothing is refused.
+    # how many times the median it may be. Parameters and what the strategy adds, each held against its own median, are
+    # shortened beyond `norm_factor` to the longest that is within it: where sites differ much, a site that knows more than
+    # the others moves further. Beyond `refuse_factor` (or `norm_factor`, if that is larger) the update is refused.
+    # BatchNorm statistics follow a site's images and are honest at several medians: refused beyond `statistics_factor`.
+    # With fewer than three updates there is no median to speak of, and nothing is shortened or refused.
     check_norm: bool = True
     norm_factor: float = Field(6.0, gt=1)
+    refuse_factor: float = Field(30.0, gt=1)
     statistics_factor: float = Field(50.0, gt=1)
     # Whether the images that a site says it trained on are held against the number that it registered with, n: from
     # n / (1 + tolerance) to n * (1 + tolerance) will do.

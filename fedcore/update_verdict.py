@@ -10,15 +10,17 @@ class UpdateVerdict(BaseModel):
     """What the gate found of one update.
 
     `norm` is the Euclidean length of the update, from the model that the site started from; `median` that of the round's
-    updates, `limit` the longest that passes. Of several kinds of tensors (`tensors`) they are those of the kind that came
-    nearest to its limit. None: not measured, or nothing to hold it against.
+    updates, `limit` the longest that is merged as it is. Of several kinds of tensors (`tensors`) they are those of the
+    kind that came nearest to its limit. None: not measured, or nothing to hold it against.
     """
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     passed: bool
-    # Why it did not pass; or why its norm was not judged.
+    # Why it did not pass; or why it was shortened, or its norm not judged.
     reason: str = ""
+    # The share of its length that was merged, by kind of tensors, where it was too long to be merged as it is.
+    kept: dict[str, float] = {}
     # "parameters", "statistics", or what the strategy adds: "aux/variate".
     tensors: str = ""
     norm: float | None = None
@@ -61,9 +63,11 @@ class FoldedUpdate(BaseModel):
 
 
 def gate_summary(found: Mapping[str, Any]) -> str:
-    """A round's verdicts in a few words: "6 of 8, up to 2.3×" passed, in medians; "–" without verdicts."""
+    """A round's verdicts in a few words: "6 of 8, up to 8.3×, 1 shortened" passed, in medians; "–" without verdicts."""
     verdicts = [UpdateVerdict.model_validate(verdict) for verdict in found.values()]
     passed = [verdict for verdict in verdicts if verdict.passed]
     ratios = [ratio for verdict in passed if (ratio := verdict.ratio) is not None]
     longest = f", up to {max(ratios):.1f}×" if ratios else ""
-    return f"{len(passed)} of {len(verdicts)}{longest}" if verdicts else "–"
+    shortened = sum(bool(verdict.kept) for verdict in passed)
+    told = f", {shortened} shortened" if shortened else ""
+    return f"{len(passed)} of {len(verdicts)}{longest}{told}" if verdicts else "–"

@@ -21,6 +21,7 @@ from fedcore.update_verdict import MergeFigures
 from fedserver.block_mergers import BlockMerger, NotFiniteError, Summands, SumMerger
 from fedserver.decoding import open_update
 from fedserver.merge_rules import named_shares, set_up_rule
+from fedserver.robust.shortened import Shortened
 from fedserver.strategies.base import MergeRequest, MergeResult, SiteReport, SiteUpdate
 from fedserver.tensor_blocks import BLOCK, blocks, first_not_finite
 from fedserver.tensor_source import TensorFile, TensorSource
@@ -119,7 +120,7 @@ def variance_partner(name: str) -> str | None:
 def open_checked(
     update: SiteUpdate, expected: TensorManifest, model: TensorFile, request: MergeRequest
 ) -> TensorSource:
-    """Open an update after the checks that cost nothing: header, report, variances.
+    """Open an update, shortened if the gate said so, after the checks that cost nothing: header, report, variances.
 
     Raises TensorMismatchError, StorageError, LearningError.
     """
@@ -131,7 +132,7 @@ def open_checked(
     for spec in file.manifest.tensors:
         if variance_partner(spec.name) and bool((file.whole(spec) < 0).any()):
             raise LearningError(f"{who}: tensor '{spec.name}' holds a negative variance; update discarded")
-    return file
+    return Shortened(file, model, update.kept, request.parameters) if update.kept else file
 
 
 def average_over_rounds(

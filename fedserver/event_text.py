@@ -1,7 +1,10 @@
 """What happened to a run, in words: one line an event, with its reason. Pure."""
 
+from collections.abc import Mapping
+
 from fedcore.round_record import RoundRecord
 from fedcore.text import ranges
+from fedcore.update_verdict import UpdateVerdict
 from fedcore.v1 import operations_pb2
 from fedserver import round_events as ev
 from fedserver.journal import Submission
@@ -55,7 +58,8 @@ def event_text(event: ev.Event) -> str:
         case ev.CollectionClosed():
             return f"no further update is taken: {event.reason}"
         case ev.AggregationFinished():
-            return f"merged the updates of {', '.join(event.accepted) or 'nobody'}{_refused(event.rejected)}"
+            merged = f"merged the updates of {', '.join(event.accepted) or 'nobody'}"
+            return f"{merged}{_shortened(event.verdicts)}{_refused(event.rejected)}"
         case ev.AggregationFailed():
             return f"nothing could be merged: {event.reason}{_refused(event.rejected)}"
         case (
@@ -120,6 +124,11 @@ def _refused(rejected: dict[str, str]) -> str:
     if not rejected:
         return ""
     return "; refused: " + "; ".join(f"{site} ({why})" for site, why in sorted(rejected.items()))
+
+
+def _shortened(verdicts: Mapping[str, UpdateVerdict]) -> str:
+    told = [verdict.reason for _, verdict in sorted(verdicts.items()) if verdict.passed and verdict.kept]
+    return "".join(f"; {reason}" for reason in told)
 
 
 def _metrics(metrics: ev.Metrics) -> str:

@@ -52,12 +52,12 @@ def merge_round(
             **broken,
             **examine(replace(request, updates=[*request.updates, *rebased]), plan.gate, known, labels),
         }
-        passed = [update for update in request.updates if verdicts[update.site].passed]
+        passed = _passed(request.updates, verdicts)
         merged, reason = None, ""
         if len(passed) < plan.min_sites:
             reason = f"only {len(passed)} updates passed the gate, min_sites is {plan.min_sites}"
         else:
-            passed += [update for update in rebased if verdicts[update.site].passed]
+            passed += _passed(rebased, verdicts)
             try:
                 merged = strategy.merge(replace(request, updates=passed))
             except EmptyRoundError as error:  # a strategy with a gate of its own
@@ -76,6 +76,13 @@ def merge_round(
         refused = "; ".join(verdict.reason for verdict in verdicts.values() if not verdict.passed)
         return RoundMerge(verdicts, reason=f"{reason}: {refused}" if refused else reason)
     return RoundMerge(verdicts, folded, _of_this_round(merged, verdicts))
+
+
+def _passed(updates: Sequence[SiteUpdate], verdicts: Mapping[str, UpdateVerdict]) -> list[SiteUpdate]:
+    """The updates that are merged, with what of them is."""
+    return [
+        replace(update, kept=verdicts[update.site].kept) for update in updates if verdicts[update.site].passed
+    ]
 
 
 def _of_this_round(merged: MergeResult, verdicts: Mapping[str, UpdateVerdict]) -> MergeResult:

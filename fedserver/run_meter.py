@@ -24,7 +24,10 @@ class RunMeter:
             buckets=_COMMIT_BUCKETS_S, registry=registry,
         )  # fmt: skip
         self._updates = counter(
-            "updates", "Updates by site and what the gate said: accepted or rejected.", "site", "verdict"
+            "updates",
+            "Updates by site and what the gate said: accepted, shortened or rejected.",
+            "site",
+            "verdict",
         )
         self._let_go = counter(
             "sites_let_go", "Rounds that went on without a site they had begun with.", "site"
@@ -46,7 +49,7 @@ class RunMeter:
     def know(self, sites: Iterable[str]) -> None:
         """Show these sites' counters from now on, at zero."""
         for site in sites:
-            for verdict in ("accepted", "rejected"):
+            for verdict in ("accepted", "shortened", "rejected"):
                 self._updates.labels(site, verdict)
             self._let_go.labels(site)
 
@@ -64,7 +67,8 @@ class RunMeter:
                 self._let_go.labels(event.site).inc()
             case ev.AggregationFinished():
                 for site in event.accepted:
-                    self._updates.labels(site, "accepted").inc()
+                    shortened = site in event.verdicts and event.verdicts[site].kept
+                    self._updates.labels(site, "shortened" if shortened else "accepted").inc()
                 self._reject(event.rejected)
             case ev.AggregationFailed():
                 self._failed.inc()

@@ -1,7 +1,10 @@
-"""The gate before the merge: which updates are left out, and the numbers behind every verdict. Reads files, writes none.
+"""The gate before the merge: which updates are shortened or left out, and the numbers behind every verdict. Reads files,
+writes none.
 
 An update is left out if its tensors are not the model's, hold NaN or Inf, or are of a length out of all proportion to the
-others'; or if the site says that it trained on far more or fewer images than it registered with.
+others'; or if the site says that it trained on far more or fewer images than it registered with. One that is too long, but
+not out of all proportion, is to be shortened to the longest that is not: where sites differ much, most of them may hardly
+move, and the one that moves far is the one that has what the others lack.
 """
 
 import math
@@ -32,6 +35,17 @@ class _Measured:
     norms: Mapping[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """What the lengths of one kind of tensors are held against in a round."""
+
+    median: float
+    # Longer ones are shortened to `longest`, beyond `refused` left out.
+    limit: float
+    refused: float
+    longest: float
+
+
 def examine(
     request: MergeRequest, gate: GateSection, registered: Mapping[str, int], late: Collection[str] = ()
 ) -> dict[str, UpdateVerdict]:
@@ -46,13 +60,26 @@ def examine(
         _measured(request, update, model, expected, _examples_reason(update.report, gate, registered))
         for update in request.updates
     ]
-    medians = _medians([m.norms for m in measured if not m.reason and m.report.site not in late])
-    return {
-        found.report.site: _verdict(
-            found, medians, gate, registered.get(found.report.site) or None, request.round
-        )
-        for found in measured
+    usable = [m.norms for m in measured if not m.reason and m.report.site not in late]
+    medians = _medians(usable)
+    bounds = {
+        kind: _bounds(kind, median, [norms[kind] for norms in usable], gate)
+        for kind, median in medians.items()
+        if gate.check_norm and median > 0  # where nothing moved at most sites, there is no scale
     }
+    few = f"fewer than {LEAST_FOR_MEDIAN} usable updates" if not medians else "most updates moved nothing"
+    unjudged = f"norm not judged: {few}" if gate.check_norm else ""
+    verdicts = {}
+    for found in measured:
+        verdict = _verdict(found, bounds, unjudged, request.round)
+        figures = {
+            "norm": found.norms.get(verdict.tensors),
+            "median": medians.get(verdict.tensors),
+            "num_examples": found.report.num_examples,
+            "registered": registered.get(found.report.site) or None,
+        }
+        verdicts[found.report.site] = verdict.model_copy(update=figures)
+    return verdicts
 
 
 def _measured(
@@ -97,45 +124,43 @@ def _medians(norms: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {kind: statistics.median(found[kind] for found in norms) for kind in norms[0]}
 
 
+def _bounds(kind: str, median: float, lengths: Sequence[float], gate: GateSection) -> _Bounds:
+    if kind == STATISTICS:  # measurements: there is nothing to shorten
+        limit = refused = gate.statistics_factor * median
+    else:
+        limit = gate.norm_factor * median
+        refused = max(gate.refuse_factor * median, limit)
+    return _Bounds(median, limit, refused, longest=max(length for length in lengths if length <= limit))
+
+
 def _verdict(
-    found: _Measured,
-    medians: Mapping[str, float],
-    gate: GateSection,
-    registered: int | None,
-    round_number: int,
+    found: _Measured, bounds: Mapping[str, _Bounds], unjudged: str, round_number: int
 ) -> UpdateVerdict:
-    report, norms = found.report, found.norms
-
-    def verdict(passed: bool, reason: str, kind: str = "", limit: float | None = None) -> UpdateVerdict:
-        return UpdateVerdict(
-            passed=passed, reason=reason, tensors=kind, norm=norms.get(kind), median=medians.get(kind), limit=limit,
-            num_examples=report.num_examples, registered=registered,
-        )  # fmt: skip
-
+    """What is to be done with the update, why, and the kind of tensors that decides it."""
+    norms = found.norms
     if not norms:
-        return verdict(False, found.reason)
-    factors = {
-        kind: gate.statistics_factor if kind == STATISTICS else gate.norm_factor
-        for kind in sorted(norms, key=lambda kind: kind != PARAMETERS)
-    }
-    # Where nothing moved at most sites, there is no scale.
-    limits = {
-        kind: factors[kind] * median for kind, median in medians.items() if gate.check_norm and median > 0
-    }
-    nearest = max(factors, key=lambda kind: norms[kind] / limits[kind] if kind in limits else 0.0)
-    limit = limits.get(nearest)
-    if found.reason:
-        return verdict(False, found.reason, nearest, limit)
-    if limit is not None and norms[nearest] > limit:
-        median = medians[nearest]
-        reason = (
-            f"{report.site} round {round_number}: {nearest} moved by {norms[nearest]:.4g}, "
-            f"{norms[nearest] / median:.1f} times the round's median {median:.4g}, expected at most "
-            f"{factors[nearest]:g} times; update discarded"
+        return UpdateVerdict(passed=False, reason=found.reason)
+    # Parameters first, where several are as near to their bounds.
+    kinds = sorted(norms, key=lambda kind: kind != PARAMETERS)
+    nearest = max(kinds, key=lambda kind: norms[kind] / bounds[kind].limit if kind in bounds else 0.0)
+    limit = bounds[nearest].limit if nearest in bounds else None
+
+    def moved(kind: str, most: float) -> str:
+        median = bounds[kind].median
+        return (
+            f"{found.report.site} round {round_number}: {kind} moved by {norms[kind]:.4g}, {norms[kind] / median:.1f} times "
+            f"the round's median {median:.4g}, expected at most {most / median:g} times"
         )
-        return verdict(False, reason, nearest, limit)
-    why = ""
-    if gate.check_norm and limit is None:
-        few = f"fewer than {LEAST_FOR_MEDIAN} usable updates" if not medians else "most updates moved nothing"
-        why = f"norm not judged: {few}"
-    return verdict(True, why, nearest, limit)
+
+    if found.reason:
+        return UpdateVerdict(passed=False, reason=found.reason, tensors=nearest, limit=limit)
+    for kind in kinds:
+        if kind in bounds and norms[kind] > bounds[kind].refused:
+            reason = f"{moved(kind, bounds[kind].refused)}; update discarded"
+            return UpdateVerdict(passed=False, reason=reason, tensors=kind, limit=bounds[kind].limit)
+    kept = {kind: bounds[kind].longest / norms[kind] for kind in bounds if norms[kind] > bounds[kind].limit}
+    if kept:
+        reason = f"{moved(nearest, bounds[nearest].limit)}; shortened to {bounds[nearest].longest:.4g}"
+    else:
+        reason = unjudged if limit is None else ""
+    return UpdateVerdict(passed=True, reason=reason, tensors=nearest, limit=limit, kept=kept)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fedcore.tensor_file import EXTRA_PREFIX
 
-# The update times ten; times minus one; NaN; Gaussian noise of ten times its size.
-Attack = Literal["scaled", "sign_flipped", "nan", "random"]
+# The update times ten; times minus one; times minus ten; NaN; Gaussian noise of ten times its size.
+Attack = Literal["scaled", "sign_flipped", "reversed", "nan", "random"]
 ATTACKS: tuple[Attack, ...] = get_args(Attack)
 FACTOR = 10.0
 
@@ -42,6 +42,8 @@ def _attacked(attack: Attack, start: Tensor, end: Tensor, generator: torch.Gener
             return start + FACTOR * change
         case "sign_flipped":
             return start - change
+        case "reversed":
+            return start - FACTOR * change
         case "nan":
             return torch.full_like(end, torch.nan)
         case "random":

@@ -81,6 +81,8 @@ class SiteUpdate:
     share: float = 1.0
     # Whether the file holds whole tensors, however updates travel.
     whole: bool = False
+    # The share of its length that is merged, by kind of tensors, where the gate shortened it.
+    kept: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def site(self) -> str:

@@ -5,6 +5,7 @@ from typing import get_args
 import pytest
 
 from fedcore.round_record import RoundRecord
+from fedcore.update_verdict import UpdateVerdict
 from fedserver import round_events as ev
 from fedserver.event_text import event_message, event_text
 
@@ -50,6 +51,22 @@ TEXTS: list[tuple[ev.Event, str]] = [
     (
         ev.AggregationFinished(at=1, round=2, model="m", accepted=("a", "b"), rejected={"c": "NaN"}),
         "merged the updates of a, b; refused: c (NaN)",
+    ),
+    (
+        ev.AggregationFinished(
+            at=1,
+            round=2,
+            model="m",
+            accepted=("a", "b"),
+            rejected={},
+            verdicts={
+                "a": UpdateVerdict(
+                    passed=True, reason="a moved far; shortened to 3", kept={"parameters": 0.1}
+                ),
+                "b": UpdateVerdict(passed=True, reason="norm not judged"),
+            },
+        ),
+        "merged the updates of a, b; a moved far; shortened to 3",
     ),
     (
         ev.AggregationFailed(at=1, round=2, reason="nothing passed", rejected={}),

@@ -91,6 +91,32 @@ def test_norm_clip_shortens_towards_the_model_before(tmp_path):
     assert result.figures.weights == {"s0": 1 / 3, "s1": 1 / 3, "s2": pytest.approx(1 / 30)}
 
 
+def test_what_the_gate_shortened_is_merged_as_if_it_had_moved_less(tmp_path):
+    start = state([1.0, 1.0], mean=0, seen=1)
+    save_state(tmp_path / "global", start)
+    save_state(tmp_path / "far", state([31, 41], mean=4, var=3, seen=9, aux=[8, 4]))
+    save_state(tmp_path / "near", state([4, 5], mean=0, var=3, seen=4, aux=[1, 1]))
+    updates = [
+        SiteUpdate(tmp_path / "far", SiteReport("far", 10), kept={"parameters": 0.1, "aux/variate": 0.25}),
+        SiteUpdate(tmp_path / "near", SiteReport("near", 10)),
+    ]
+    merge_updates(
+        MergeRequest(
+            1, tmp_path / "global", updates, (), tmp_path / "out", parameters=frozenset({"w"}),
+            extras=[TensorSpec("aux/variate/w", "F32", (2,))],
+        ),
+        lambda reports: [1.0, 1.0],
+        extras_out=tmp_path / "extras",
+    )  # fmt: skip
+    merged = load_tensors(tmp_path / "out")
+    assert merged["w"].tolist() == [4.0, 5.0]
+    # Statistics and counters are measurements: the spread of the means, 4, is in the variance.
+    assert [merged[f"bn.{name}"].item() for name in ("running_mean", "running_var", "num_batches_tracked")] == [
+        2.0, 7.0, 9,
+    ]  # fmt: skip
+    assert load_tensors(tmp_path / "extras")["aux/variate/w"].tolist() == [1.5, 1.0]
+
+
 def test_nothing_is_clipped_of_updates_of_one_length(tmp_path):
     updates = [state([3, 4]), state([4, 3]), state([5, 0])]
     _, clipped = merge(tmp_path, RULES[4], updates, counts=[1, 2, 4])

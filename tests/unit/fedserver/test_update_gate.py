@@ -31,7 +31,9 @@ def verdicts(folder, updates, *, counts=None, registered=None, model=ZERO, **gat
 
 
 def test_an_update_far_longer_than_the_median_is_left_out_with_its_numbers(tmp_path):
-    found = verdicts(tmp_path, {"a": moved(1), "b": moved(1.5), "c": moved(16)}, norm_factor=10)
+    found = verdicts(
+        tmp_path, {"a": moved(1), "b": moved(1.5), "c": moved(16)}, norm_factor=10, refuse_factor=5
+    )
     assert [site for site, verdict in found.items() if verdict.passed] == ["a", "b"]
     assert found["c"] == UpdateVerdict(
         passed=False, tensors="parameters", norm=32.0, median=3.0, limit=30.0, num_examples=10,
@@ -42,6 +44,32 @@ def test_an_update_far_longer_than_the_median_is_left_out_with_its_numbers(tmp_p
     assert (
         gate_summary({site: verdict.model_dump() for site, verdict in found.items()}) == "2 of 3, up to 1.0×"
     )
+
+
+def test_an_update_somewhat_longer_than_the_median_is_shortened_to_the_longest_that_is_not(tmp_path):
+    updates = {"a": moved(1), "b": moved(1), "c": moved(4), "d": moved(20), "e": moved(1)}
+    found = verdicts(tmp_path, updates)
+    assert all(verdict.passed for verdict in found.values())
+    assert found["d"] == UpdateVerdict(
+        passed=True, tensors="parameters", norm=40.0, median=2.0, limit=12.0, num_examples=10,
+        kept={"parameters": 0.2},
+        reason="d round 4: parameters moved by 40, 20.0 times the round's median 2, expected at most 6 times; "
+        "shortened to 8",
+    )  # fmt: skip
+    assert not any(found[site].kept for site in "abce")
+    assert (
+        gate_summary({site: verdict.model_dump() for site, verdict in found.items()})
+        == "5 of 5, up to 20.0×, 1 shortened"
+    )
+    far = verdicts(tmp_path, {**updates, "d": moved(31)})["d"]
+    assert (far.passed, far.kept) == (False, {})
+    assert "31.0 times the round's median 2, expected at most 30 times; update discarded" in far.reason
+
+
+def test_too_long_in_one_kind_and_out_of_proportion_in_another_is_refused(tmp_path):
+    updates = {"a": moved(1, 0.1), "b": moved(1, 0.1), "c": moved(7, 6)}
+    found = verdicts(tmp_path, updates)["c"]
+    assert (found.passed, found.tensors, found.kept) == (False, "statistics", {})
 
 
 def test_statistics_are_held_against_their_own_median(tmp_path):

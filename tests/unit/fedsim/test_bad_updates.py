@@ -9,6 +9,7 @@ import torch
 import fedsim
 from fedcore.data.benchmark_sets import Federation, load_benchmark
 from fedcore.plan import Plan
+from fedserver.event_text import event_text
 from fedsim.attacks import ATTACKS, attacked
 from fedsim.simulation import replay
 
@@ -28,7 +29,7 @@ def run(plan: Plan, federation: Federation, **options: Any) -> fedsim.Result:
 def test_the_gate_leaves_a_bad_site_out_and_the_record_says_why(
     attack: Any, five: Federation, make_plan: MakePlan
 ) -> None:
-    plan = make_plan(rounds=1)
+    plan = make_plan(rounds=1, gate={"refuse_factor": 6})
     result = run(plan, five, attacks={"site-2": attack})
     (record,) = result.records
     assert (record.reported, record.aggregated) == (5, 4)
@@ -41,6 +42,24 @@ def test_the_gate_leaves_a_bad_site_out_and_the_record_says_why(
     assert [r.record() for r in replay(plan, result.events).records] == result.records
     without = run(make_plan(rounds=1, sites=["site-1", "site-3", "site-4", "site-5"]), five)
     assert without.model_digest == result.model_digest
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "scaffold"])
+def test_a_site_whose_updates_are_too_long_is_shortened_and_stays(
+    strategy: str, five: Federation, make_plan: MakePlan
+) -> None:
+    plan = make_plan(strategy=strategy, rounds=4)
+    result = run(plan, five, attacks={"site-2": "scaled"})
+    assert result.state == "DONE"
+    assert all(record.missing == {} and record.aggregated == 5 for record in result.records)
+    kept = [record.gate["site-2"].kept["parameters"] for record in result.records]
+    assert all(0.05 < share < 1 for share in kept)
+    assert not any(record.gate[site].kept for record in result.records for site in ("site-1", "site-3"))
+    assert any("; site-2 round 1: parameters moved by" in event_text(event) for event in result.events)
+    assert [r.record() for r in replay(plan, result.events).records] == result.records
+    assert run(plan, five, attacks={"site-2": "scaled"}).model_digest == result.model_digest
+    refusing = make_plan(strategy=strategy, rounds=4, gate={"refuse_factor": 1.5})
+    assert run(refusing, five, attacks={"site-2": "scaled"}).model_digest != result.model_digest
 
 
 @pytest.mark.parametrize(
@@ -91,6 +110,7 @@ def test_attacks_leave_statistics_alone() -> None:
     sent = {attack: attacked(attack, start, end, generator) for attack in ATTACKS}
     assert sent["scaled"]["w"].tolist() == [11.0] * 4
     assert sent["sign_flipped"]["w"].tolist() == [0.0] * 4
+    assert sent["reversed"]["w"].tolist() == [-9.0] * 4
     assert bool(sent["nan"]["w"].isnan().all())
     assert not torch.equal(sent["random"]["w"], end["w"])
     for tensors in sent.values():
