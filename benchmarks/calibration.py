@@ -12,7 +12,6 @@ Legend: N images, C channels, H x W pixels.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +23,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedcore.data import transforms
 from fedcore.data.dataset import LabelledImages
 from fedcore.device import ComputeDevice, open_device
-from fedserver.block_mergers import pooled_variance
+from fedcore.models.base import batch_norm_layers
+from fedcore.norm_statistics import statistic_names
+from fedserver.aggregation import normalised
+from fedserver.statistics_pool import pooled
 
 State = dict[str, Tensor]
 
@@ -61,7 +63,10 @@ def calibrated(run: LabRun, number: int, device: ComputeDevice) -> dict[str, tup
     states = {
         "as_merged": merged,
         "by_site": merged
-        | pooled([statistics(run, number, images, device) for images in sites], [len(s) for s in sites]),
+        | pooled(
+            [statistics(run, number, images, device) for images in sites],
+            normalised([len(images) for images in sites]),
+        ),
         "pooled": merged | statistics(run, number, torch.cat(sites), device),
     }
     return {name: accuracies(run, number, state, device) for name, state in states.items()}
@@ -74,24 +79,8 @@ def statistics(run: LabRun, number: int, images_NCHW: Tensor, device: ComputeDev
     for layer in (m for m in net.modules() if isinstance(m, _BatchNorm)):
         layer.train().momentum = 1.0
     net.features(images_NCHW)
-    return {name: value for name, value in net.state_dict().items() if _is_statistic(name)}
-
-
-def pooled(sites: Sequence[State], sizes: Sequence[int]) -> State:
-    """The sites' statistics as one, weighed by their images; a variance holds the spread of the means."""
-    weights = [size / sum(sizes) for size in sizes]
-    found: State = {}
-    for name, value in sites[0].items():
-        mean = name.replace("running_var", "running_mean")
-        if name == mean:
-            found[name] = sum(
-                (w * s[name] for w, s in zip(weights, sites, strict=True)), torch.zeros_like(value)
-            )
-        else:
-            found[name] = pooled_variance(
-                lambda m=mean, v=name: ((s[m], s[v]) for s in sites), weights
-            ).float()
-    return found
+    state = net.state_dict()
+    return {name: state[name] for layer in batch_norm_layers(net) for name in statistic_names(layer)}
 
 
 @torch.no_grad()
@@ -110,10 +99,6 @@ def accuracies(run: LabRun, number: int, state: State, device: ComputeDevice) ->
 def _images(run: LabRun, images: LabelledImages, device: ComputeDevice) -> Tensor:
     normal = transforms.normalise(torch.from_numpy(images.images).to(device.device), run.plan)
     return normal.contiguous(memory_format=torch.channels_last)
-
-
-def _is_statistic(name: str) -> bool:
-    return name.endswith(("running_mean", "running_var"))
 
 
 if __name__ == "__main__":

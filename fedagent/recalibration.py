@@ -15,7 +15,8 @@ from fedagent.resident import ResidentImages
 from fedcore.compute_worker import Job
 from fedcore.data import transforms
 from fedcore.errors import DataError, LearningError
-from fedcore.models.base import FederatedModel, batch_norm_layers, statistic_names
+from fedcore.models.base import FederatedModel, batch_norm_layers
+from fedcore.norm_statistics import statistic_names
 from fedcore.plan import Plan
 
 PROGRESS_INTERVAL_S = 0.2

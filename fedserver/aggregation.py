@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fedcore.errors import EmptyRoundError, LearningError, StorageError, TensorMismatchError
 from fedcore.models.state_file import TORCH_DTYPES
+from fedcore.norm_statistics import variance_partner
 from fedcore.plan import TransferSection
-from fedcore.tensor_file import EXTRA_PREFIX, TensorManifest, check_expected
+from fedcore.tensor_file import TensorManifest, check_expected
 from fedcore.update_verdict import MergeFigures
 from fedserver.block_mergers import BlockMerger, NotFiniteError, Summands, SumMerger
 from fedserver.decoding import open_update
@@ -107,14 +108,6 @@ def normalised(weights: Sequence[float], round_number: int = 0) -> list[float]:
     if any(not math.isfinite(w) or w < 0 for w in weights) or not total > 0:
         raise LearningError(f"round {round_number}: site weights {list(weights)} are not positive numbers")
     return [w / total for w in weights]
-
-
-def variance_partner(name: str) -> str | None:
-    """The tensor that holds the mean to which the running variance `name` belongs; None for other tensors."""
-    prefix, _, last = name.rpartition(".")
-    if last != "running_var" or name.startswith(EXTRA_PREFIX):
-        return None
-    return f"{prefix}.running_mean" if prefix else "running_mean"
 
 
 def open_checked(

@@ -20,8 +20,9 @@ from fedcore.digest import is_intact
 from fedcore.errors import ConfigError, FedimpresError, PlanError, StorageError, TensorMismatchError
 from fedcore.evaluation import evaluate
 from fedcore.models import build_model
-from fedcore.models.base import FederatedModel, batch_norm_layers, norm_tensor_names, statistic_names
+from fedcore.models.base import FederatedModel, batch_norm_layers, norm_tensor_names
 from fedcore.models.state_file import load_tensors, save_state, specs_of
+from fedcore.norm_statistics import statistic_names
 from fedcore.plan import ModelSection, Plan, plan_from_json
 from fedcore.seeding import derive_seed
 from fedcore.tensor_file import EXTRA_PREFIX, TensorManifest, TensorSpec, check_expected

@@ -8,6 +8,7 @@ import structlog
 
 from fedcore.artifact_store import ArtifactStore
 from fedcore.errors import ConflictError, DiskError, FedimpresError, NonFiniteError, TransferError
+from fedcore.norm_statistics import variance_partner
 from fedcore.tensor_file import TensorManifest, TensorSpec, check_expected, write_tensor_file
 from fedcore.tensor_stream import manifest_from_proto
 from fedcore.v1 import federation_pb2
@@ -105,7 +106,7 @@ def checked_statistics(
         values_C = np.frombuffer(payload[start:end], "<f4")
         if not bool(np.isfinite(values_C).all()):
             raise NonFiniteError(f"{who}: tensor '{spec.name}' of its statistics holds NaN or Inf")
-        if spec.name.endswith("running_var") and bool((values_C < 0).any()):
+        if variance_partner(spec.name) and bool((values_C < 0).any()):
             raise TransferError(f"{who}: tensor '{spec.name}' of its statistics holds a negative variance")
         tensors[spec.name] = (spec, payload[start:end])
     return tensors

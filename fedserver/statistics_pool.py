@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fedcore.errors import LearningError
 from fedcore.models.state_file import load_tensors, save_state
+from fedcore.norm_statistics import variance_partner
 from fedcore.plan import Plan
-from fedserver.aggregation import normalised, variance_partner
+from fedserver.aggregation import normalised
 from fedserver.block_mergers import pooled_variance
 from fedserver.strategies.base import SiteReport, Strategy
 from fedserver.update_gate import LEAST_FOR_MEDIAN

@@ -113,9 +113,3 @@ def batch_norm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None
     }
-
-
-def statistic_names(layer: str) -> tuple[str, str]:
-    """State-dict names of the stored mean and variance of the BatchNorm layer with this module name."""
-    prefix = f"{layer}." if layer else ""
-    return f"{prefix}running_mean", f"{prefix}running_var"

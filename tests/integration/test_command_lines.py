@@ -76,3 +76,10 @@ def test_command_lines_start_without_torch_and_grpc():
         )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", ["fedserver.app", "fedagent.app"])
+def test_control_processes_hold_no_torch(module):
+    script = f"import sys, {module}; print('torch' in sys.modules, 'grpc' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]

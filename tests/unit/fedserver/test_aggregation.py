@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedcore.errors import EmptyRoundError, LearningError
 from fedcore.models.state_file import load_tensors, save_state
 from fedserver import tensor_blocks
-from fedserver.aggregation import merge_updates, normalised, variance_partner
+from fedserver.aggregation import merge_updates, normalised
 from fedserver.strategies.base import MergeRequest, SiteReport, SiteUpdate
 
 
@@ -204,13 +204,6 @@ def test_sound_updates_that_overflow_blame_no_site(tmp_path):
     }
     with pytest.raises(LearningError, match=r"running_var.*overflows"):
         merge(tmp_path, states, [1, 1])
-
-
-def test_variance_partners():
-    assert variance_partner("layer.bn.running_var") == "layer.bn.running_mean"
-    assert variance_partner("running_var") == "running_mean"
-    assert variance_partner("layer.running_mean") is None
-    assert variance_partner("my_running_var") is None
 
 
 def test_the_order_of_sites_is_the_callers_alone(tmp_path):
