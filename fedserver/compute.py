@@ -21,7 +21,7 @@ from fedcore.errors import ConfigError, FedimpresError, PlanError, StorageError,
 from fedcore.evaluation import evaluate
 from fedcore.models import build_model
 from fedcore.models.base import FederatedModel, batch_norm_layers, norm_tensor_names
-from fedcore.models.state_file import load_tensors, save_state, specs_of
+from fedcore.models.state_file import load_intact, load_tensors, save_state, specs_of
 from fedcore.norm_statistics import statistic_names
 from fedcore.plan import ModelSection, Plan, plan_from_json
 from fedcore.seeding import derive_seed
@@ -195,30 +195,17 @@ class ServerCompute:
     def pool_statistics(self, args: dict[str, Any], job: Job) -> dict[str, Any]:
         """Put the statistics that sites measured on a model into it.
 
-        Raises as `recalibrate`, StorageError also for a file that is no longer what arrived.
+        Raises as `recalibrate`, StorageError for a file that is no longer what arrived.
         """
         plan = plan_from_json(args["plan"])
         _device(args)
-        files = {"the merged model": args["model"]} | {
-            f"{found['site']}'s statistics": found for found in args["statistics"]
-        }
-        for what, file in files.items():
-            if not is_intact(Path(file["path"]), file["digest"]):
-                raise StorageError(
-                    f"{what} of round {args['round']}: missing or damaged on the coordinator's disk"
-                )
+        number = int(args["round"])
         measured = [
-            (SiteReport.of(found["site"], found["report"]), Path(found["path"]))
-            for found in args["statistics"]
+            (SiteReport.of(one["site"], one["report"]), _stored(one, f"{one['site']}'s statistics", number))
+            for one in args["statistics"]
         ]
-        found = recalibrate(
-            Path(args["model"]["path"]),
-            measured,
-            load_strategy(plan),
-            plan,
-            int(args["round"]),
-            Path(args["out"]),
-        )
+        model = _stored(args["model"], "the merged model", number)
+        found = recalibrate(model, measured, load_strategy(plan), plan, number, Path(args["out"]))
         return {"digest": found.digest, "rejected": dict(found.rejected)}
 
     def synthesise(self, args: dict[str, Any], job: Job) -> dict[str, Any]:
@@ -387,6 +374,16 @@ def _size(specs: Iterable[TensorSpec]) -> int:
 def _damaged(updates: Sequence[Mapping[str, Any]]) -> list[str]:
     """The sites whose update's file has not the digest that it is stored under."""
     return [update["site"] for update in updates if not is_intact(Path(update["path"]), update["digest"])]
+
+
+def _stored(file: Mapping[str, Any], what: str, round_number: int) -> dict[str, Tensor]:
+    """The tensors of a stored file, by its path and digest. Raises StorageError that says `what` is not whole."""
+    try:
+        return load_intact(Path(file["path"]), file["digest"])
+    except StorageError as error:
+        raise StorageError(
+            f"{what} of round {round_number}: missing or damaged on the coordinator's disk"
+        ) from error
 
 
 def _path(text: str | None) -> Path | None:

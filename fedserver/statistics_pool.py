@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedcore.errors import LearningError
-from fedcore.models.state_file import load_tensors, save_state
+from fedcore.models.state_file import save_state
 from fedcore.norm_statistics import variance_partner
 from fedcore.plan import Plan
 from fedserver.aggregation import normalised
@@ -34,22 +34,21 @@ class RecalibratedModel:
 
 
 def recalibrate(
-    model: Path,
-    measured: Sequence[tuple[SiteReport, Path]],
+    model: State,
+    measured: Sequence[tuple[SiteReport, State]],
     strategy: Strategy,
     plan: Plan,
     round_number: int,
     out: Path,
 ) -> RecalibratedModel:
-    """Write the model with the sites' pooled statistics; every other tensor, `num_batches_tracked` included, stays.
+    """Write the model with the sites' pooled statistics to `out`; every other tensor, `num_batches_tracked` included, stays.
 
     `measured` stand in site order, with the reports of the sites' updates: a site weighs what it weighs in the merge. The
     plan's gate holds statistics as it does those of updates. Raises LearningError if fewer than `min_sites` pass or a
-    pooled number does not fit its dtype, StorageError.
+    pooled number does not fit its dtype.
     """
-    state = load_tensors(model)
-    found = {report.site: load_tensors(path) for report, path in measured}
-    rejected = _far_off(state, found, plan, round_number)
+    found = {report.site: tensors for report, tensors in measured}
+    rejected = _far_off(model, found, plan, round_number)
     passed = [report for report, _ in measured if report.site not in rejected]
     if len(passed) < plan.min_sites:
         why = "; ".join(rejected.values())
@@ -59,7 +58,7 @@ def recalibrate(
     for name, value in merged.items():
         if not bool(torch.isfinite(value).all()):
             raise LearningError(f"round {round_number}: tensor '{name}' overflows its dtype when pooled")
-    return RecalibratedModel(save_state(out, {**state, **merged}), rejected)
+    return RecalibratedModel(save_state(out, {**model, **merged}), rejected)
 
 
 def pooled(sites: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """State dicts and other named tensors to and from canonical safetensors files (`fedcore.tensor_file`)."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedcore.errors import StorageError, TensorMismatchError
-from fedcore.tensor_file import TensorSpec, read_manifest, write_tensor_file
+from fedcore.tensor_file import TensorManifest, TensorSpec, read_manifest, write_tensor_file
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -52,6 +53,21 @@ def load_tensors(path: Path, *, canonical: bool = True) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{path}: not a safetensors file: {error}") from error
+    return tensors
+
+
+def load_intact(path: Path, digest: str) -> dict[str, Tensor]:
+    """Read a canonical file's tensors, which must be those that the digest names. It is taken of what was read.
+
+    Raises StorageError if the file is missing, damaged or another.
+    """
+    tensors = load_tensors(path)
+    manifest = TensorManifest.of(specs_of(tensors))
+    found = hashlib.sha256(manifest.header())
+    for spec in manifest.tensors:
+        found.update(_bytes_of(tensors[spec.name]))
+    if found.hexdigest() != digest:
+        raise StorageError(f"{path}: is no longer artifact {digest[:12]}")
     return tensors
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedcore.errors import ConfigError, PlanError, StorageError, TensorMismatchError
 from fedcore.models import build_model, model_names
 from fedcore.models.base import FederatedModel, check_model, group_count, norm_tensor_names
-from fedcore.models.state_file import load_tensors, save_state, specs_of
+from fedcore.models.state_file import load_intact, load_tensors, save_state, specs_of
 from fedcore.plan import ModelSection
 from fedcore.tensor_file import TensorSpec
 
@@ -182,6 +182,21 @@ def test_a_saved_state_opens_with_plain_safetensors_and_hashes_to_its_digest(tmp
             assert loaded[name].dtype == tensor.dtype
             assert torch.equal(loaded[name], tensor)
     assert save_state(tmp_path / "reversed", dict(reversed(state.items()))) == digest
+
+
+def test_what_is_read_is_what_the_digest_names_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    state = tensors()
+    digest = save_state(path, state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in load_intact(path, digest).items())
+    whole = path.read_bytes()
+    for damaged in (whole[:-1] + b"!", whole.replace(b'"half"', b'"hald"'), whole[:-1], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(StorageError, match=r"m\.safetensors"):
+            load_intact(path, digest)
+    path.unlink()
+    with pytest.raises(StorageError, match=r"m\.safetensors"):
+        load_intact(path, digest)
 
 
 def test_the_digest_is_the_same_in_every_process(tmp_path: Path) -> None:

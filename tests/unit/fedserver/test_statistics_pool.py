@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from fedcore.compute_worker import Job
-from fedcore.digest import file_digest
 from fedcore.errors import LearningError, PlanError, StorageError
 from fedcore.models.state_file import load_tensors, save_state
 from fedcore.plan import Plan, validate_plan
 from fedcore.tensor_file import TensorSpec
 from fedserver.compute import ServerCompute
-from fedserver.statistics_pool import pooled, recalibrate
+from fedserver.statistics_pool import RecalibratedModel, pooled, recalibrate
 from fedserver.strategies import load_strategy
 from fedserver.strategies.base import SiteReport
 from tests.unit.fedserver.test_server_compute import initialise, plan_for
@@ -38,11 +37,11 @@ def of(values_NC: Tensor) -> dict[str, Tensor]:
     return {MEAN: values_NC.mean(0), VARIANCE: values_NC.var(0, correction=0)}
 
 
-def write(folder: Path, **sites: tuple[int, dict[str, Tensor]]) -> list[tuple[SiteReport, Path]]:
-    save_state(folder / "model", MODEL)
-    for site, (_, tensors) in sites.items():
-        save_state(folder / site, tensors)
-    return [(SiteReport(site, count), folder / site) for site, (count, _) in sites.items()]
+Measured = list[tuple[SiteReport, dict[str, Tensor]]]
+
+
+def merged(measured: Measured, plan: Plan, number: int, out: Path) -> RecalibratedModel:
+    return recalibrate(MODEL, measured, load_strategy(plan), plan, number, out)
 
 
 def test_pooled_statistics_are_those_of_all_values_together():
@@ -57,35 +56,34 @@ def test_pooled_statistics_are_those_of_all_values_together():
 
 def test_only_the_statistics_change_and_sites_weigh_as_in_the_merge(tmp_path):
     ones = torch.ones(2)
-    measured = write(
-        tmp_path, a=(30, {MEAN: 0 * ones, VARIANCE: ones}), b=(10, {MEAN: 4 * ones, VARIANCE: 2 * ones})
-    )
-    found = recalibrate(tmp_path / "model", measured, load_strategy(plan()), plan(), 1, tmp_path / "out")
+    measured = [
+        (SiteReport("a", 30), {MEAN: 0 * ones, VARIANCE: ones}),
+        (SiteReport("b", 10), {MEAN: 4 * ones, VARIANCE: 2 * ones}),
+    ]
+    found = merged(measured, plan(), 1, tmp_path / "out")
     assert not found.rejected
     tensors = load_tensors(tmp_path / "out")
     assert tensors[MEAN].tolist() == [1.0, 1.0]
     assert tensors[VARIANCE].tolist() == [1.25 + 3.0] * 2
     assert (tensors["w"].item(), tensors["bn.num_batches_tracked"].item()) == (3.0, 9)
     even = plan(strategy_options={"weighting": "uniform"})
-    recalibrate(tmp_path / "model", measured, load_strategy(even), even, 1, tmp_path / "out")
+    merged(measured, even, 1, tmp_path / "out")
     assert load_tensors(tmp_path / "out")[MEAN].tolist() == [2.0, 2.0]
 
 
 def test_the_gate_leaves_out_what_is_out_of_all_proportion(tmp_path):
     ones = torch.ones(2)
-    sites = {site: (10, {MEAN: k * ones, VARIANCE: ones}) for site, k in (("a", 1), ("b", 2), ("c", 1000))}
-    measured = write(tmp_path, **sites)
-    found = recalibrate(tmp_path / "model", measured, load_strategy(plan()), plan(), 3, tmp_path / "out")
+    far = (("a", 1), ("b", 2), ("c", 1000))
+    measured = [(SiteReport(site, 10), {MEAN: k * ones, VARIANCE: ones}) for site, k in far]
+    found = merged(measured, plan(), 3, tmp_path / "out")
     assert list(found.rejected) == ["c"]
     assert "500.0 times the round's median" in found.rejected["c"]
     assert load_tensors(tmp_path / "out")[MEAN].tolist() == [1.5, 1.5]
     off = plan(gate={"check_norm": False})
-    assert not recalibrate(
-        tmp_path / "model", measured, load_strategy(off), off, 3, tmp_path / "out"
-    ).rejected
+    assert not merged(measured, off, 3, tmp_path / "out").rejected
     three = plan(min_sites=3)
     with pytest.raises(LearningError, match="2 statistics passed the gate, min_sites is 3: c round 3"):
-        recalibrate(tmp_path / "model", measured, load_strategy(three), three, 3, tmp_path / "out")
+        merged(measured, three, 3, tmp_path / "out")
 
 
 SPECS = [TensorSpec(MEAN, "F32", (2,)), TensorSpec(VARIANCE, "F32", (2,))]
@@ -127,13 +125,15 @@ def test_the_first_model_tells_what_is_measured_in_its_run(tmp_path):
         ServerCompute().measure({"plan": plain.to_json(), "compute": {"device": "cpu"}}, None)
 
 
-@pytest.mark.parametrize("damaged", ["model", "statistics"])
-def test_what_is_no_longer_what_arrived_is_not_pooled(tmp_path, damaged):
-    measured = write(tmp_path, a=(30, {MEAN: torch.zeros(2), VARIANCE: torch.ones(2)}))
-    (report, path) = measured[0]
-    report_document = {"num_examples": report.num_examples, "num_steps": 1}
-    statistics = {"site": "a", "path": str(path), "digest": file_digest(path), "report": report_document}
-    model = {"path": str(tmp_path / "model"), "digest": file_digest(tmp_path / "model")}
+@pytest.mark.parametrize(
+    ("damaged", "what"), [("model", "the merged model"), ("statistics", "a's statistics")]
+)
+def test_what_is_no_longer_what_arrived_is_not_pooled(tmp_path, damaged, what):
+    path = tmp_path / "a"
+    digest = save_state(path, {MEAN: torch.zeros(2), VARIANCE: torch.ones(2)})
+    report = {"num_examples": 30, "num_steps": 1}
+    statistics = {"site": "a", "path": str(path), "digest": digest, "report": report}
+    model = {"path": str(tmp_path / "model"), "digest": save_state(tmp_path / "model", MODEL)}
     args = {
         "compute": {"device": "cpu", "threads": 1}, "plan": plan(min_sites=1).to_json(), "round": 1,
         "model": model, "statistics": [statistics], "out": str(tmp_path / "out"),
@@ -141,5 +141,5 @@ def test_what_is_no_longer_what_arrived_is_not_pooled(tmp_path, damaged):
     assert ServerCompute().pool_statistics(args, Job(1, lambda m: None))["digest"]
     file = tmp_path / "model" if damaged == "model" else path
     file.write_bytes(file.read_bytes()[:-1] + b"!")
-    with pytest.raises(StorageError, match="damaged on the coordinator's disk"):
+    with pytest.raises(StorageError, match=f"{what} of round 1: missing or damaged on"):
         ServerCompute().pool_statistics(args, Job(1, lambda m: None))
