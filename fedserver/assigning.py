@@ -9,8 +9,8 @@ from fedcore.v1 import federation_pb2
 from fedserver.directives import evaluate_directive, recalibrate_directive, stop_directive, train_directive
 from fedserver.recalibration import Recalibrate
 from fedserver.roster import Assignment, Roster, Session
-from fedserver.round_machine import Evaluate, Train
 from fedserver.round_state import RunState
+from fedserver.round_work import Evaluate, Train
 
 StateOf = Callable[[str], RunState | None]
 

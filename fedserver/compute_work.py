@@ -22,15 +22,8 @@ from fedserver import round_events as ev
 from fedserver.directives import initialised_event
 from fedserver.forecast import Measure
 from fedserver.recalibration import PoolStatistics
-from fedserver.round_machine import (
-    Aggregate,
-    EvaluateHere,
-    Initialise,
-    LateArrival,
-    ScoreUpdates,
-    Synthesise,
-)
 from fedserver.round_state import RunState
+from fedserver.round_work import Aggregate, EvaluateHere, Initialise, LateArrival, ScoreUpdates, Synthesise
 from fedserver.threads import in_pool
 
 ATTEMPTS = 3

@@ -10,8 +10,8 @@ from fedcore.v1 import federation_pb2, tensor_pb2
 from fedserver import round_events as ev
 from fedserver.impression_checks import check_from_proto
 from fedserver.recalibration import Recalibrate
-from fedserver.round_machine import Evaluate, Train
 from fedserver.round_state import RunState
+from fedserver.round_work import Evaluate, Train
 
 _SPLITS = ("validation", "test")
 _MAX_DEVICE = 100

@@ -10,8 +10,8 @@ from fedcore.clock import Clock
 from fedcore.errors import FedimpresError, IdentityError, OverloadedError
 from fedcore.v1 import federation_pb2
 from fedserver.round_decisions import Presence, Withheld
-from fedserver.round_machine import SiteCommand
 from fedserver.round_state import RunState
+from fedserver.round_work import SiteCommand
 from fedserver.suitability import unable_reason
 
 _QUEUE_DEPTH = 64

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from fedserver import round_events as ev
 from fedserver.figures import round_record
-from fedserver.round_machine import awaits_figures, awaits_scores
 from fedserver.round_state import RunState, Stage, Status
+from fedserver.round_work import awaits_figures, awaits_scores
 from fedserver.sampling import sites_of_round
 from fedserver.stragglers import resting
 

@@ -30,8 +30,9 @@ from fedserver.looks import Looks
 from fedserver.retention import drop_refused, erase_dropped, erase_purged, sweep
 from fedserver.roster import Roster
 from fedserver.round_decisions import Withheld, World, concerned, decide, waiting_for
-from fedserver.round_machine import SiteCommand, apply, task_of, work
+from fedserver.round_machine import apply
 from fedserver.round_state import RunState, Stage, Status, needed, superseded
+from fedserver.round_work import SiteCommand, task_of, work
 
 _TICK_S = 0.25
 _RETRY_S = 5.0

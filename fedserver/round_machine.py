@@ -1,14 +1,14 @@
 """The life of a run, as pure functions. No I/O, no clock, no threads.
 
 apply(state, event) -> state        what is true after something happened
-work(state) -> commands             what should be under way; the driver makes it so
+work(state) -> commands             what should be under way, in `round_work`; the driver makes it so
 decide(state, world) -> events      what follows now: in `round_decisions`
 
 An event is applied only after it is journalled, so replaying the journal gives the same state, and `work` of that state is
 all that recovery has to do.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 
 from fedcore.errors import ConflictError
@@ -17,203 +17,13 @@ from fedserver import round_events as ev
 from fedserver.finished_round import FinishedRound
 from fedserver.impression_purges import apply_purge
 from fedserver.model_drops import apply_drop
-from fedserver.recalibration import PoolStatistics, Recalibrate
-from fedserver.round_state import Round, RunState, Stage, Status, Straggler, Update, with_item
+from fedserver.round_state import Round, RunState, Stage, Status, Update, with_item
+from fedserver.round_work import awaits_figures, awaits_scores, synthesis_work
 from fedserver.stragglers import after_round, close_collection, open_again, take_late, used_up
 from fedserver.synthesis.schedule import should_synthesise
 
-
-@dataclass(frozen=True, slots=True)
-class Initialise:
-    """Build the first global model."""
-
-
-@dataclass(frozen=True, slots=True)
-class Train:
-    """Have a site train on the global model. `attempt` tells a repetition from the first asking."""
-
-    round: int
-    attempt: int
-    site: str
-    model: str
-    impressions: str | None
-    strategy_state: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Aggregate:
-    """Merge updates, in site order: (site, digest, report).
-
-    `released` is the model handed out before, None in the first round.
-    """
-
-    round: int
-    model: str
-    updates: tuple[tuple[str, str, ev.Report], ...]
-    strategy_state: str | None = None
-    released: str | None = None
-    # Training images that sites had said they have when the round opened: (site, number).
-    registered_examples: tuple[tuple[str, int], ...] = ()
-    # Updates of earlier rounds, in site order.
-    late: tuple["LateArrival", ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class LateArrival:
-    """A late update to fold: the round that it was trained in, from which model, on how many registered images."""
-
-    site: str
-    round: int
-    model: str
-    digest: str
-    report: ev.Report
-    registered_examples: int
-
-
-@dataclass(frozen=True, slots=True)
-class Synthesise:
-    """Make impressions through a global model. `previous` is the bank before, `last_model` the model before."""
-
-    round: int
-    model: str
-    previous: str | None
-    last_model: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluate:
-    """Have a site measure the new global model."""
-
-    round: int
-    site: str
-    model: str
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluateHere:
-    """Measure the new global model on the coordinator's own test set."""
-
-    round: int
-    model: str
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreUpdates:
-    """Measure, on the coordinator's own images, what local training did: (site, digest) of the accepted updates.
-
-    `model` is the one that the sites started from.
-    """
-
-    round: int
-    model: str
-    updates: tuple[tuple[str, str], ...]
-
-
 # Also when the run is over.
 _AT_ANY_TIME = ev.ImpressionsPurged | ev.PurgeConfirmed | ev.ModelsDropped
-SiteCommand = Train | Recalibrate | Evaluate
-Command = SiteCommand | Initialise | Aggregate | PoolStatistics | Synthesise | EvaluateHere | ScoreUpdates
-
-
-def work(state: RunState) -> tuple[Command, ...]:
-    """Everything that should be under way in this state."""
-    if state.stage is Stage.INITIALISING and state.status is Status.RUNNING:
-        return (Initialise(),)
-    if state.status not in (Status.RUNNING, Status.WAITING):
-        return ()
-    late = tuple(_train_on(site, asked) for site, asked in sorted(state.stragglers.items()))
-    current = state.current
-    if current is None:
-        return late
-    return (*_round_work(state, current), *_synthesis(state, current), *late)
-
-
-def task_of(state: RunState, site: str) -> SiteCommand | None:
-    """What `work` asks of one site."""
-    if state.status not in (Status.RUNNING, Status.WAITING):
-        return None
-    if (asked := state.stragglers.get(site)) is not None:
-        return _train_on(site, asked)
-    current = state.current
-    if current is None:
-        return None
-    if state.stage is Stage.TRAINING and state.awaits_update(site, current.number):
-        return _train(state, current, site)
-    if state.stage is Stage.RECALIBRATING and current.awaits_statistics(site):
-        assert current.released is not None
-        return Recalibrate(current.number, site, current.released)
-    if state.stage is Stage.EVALUATING and current.awaits_figures(site):
-        assert current.released is not None
-        return Evaluate(current.number, site, current.released)
-    return None
-
-
-def _train(state: RunState, current: Round, site: str) -> Train:
-    assert state.model is not None
-    shared = state.strategy_state if state.shares_state else None
-    return Train(current.number, current.attempt, site, state.model, state.impressions, shared)
-
-
-def _train_on(site: str, asked: Straggler) -> Train:
-    """A straggler goes on with what it was asked."""
-    return Train(asked.round, asked.attempt, site, asked.model, asked.impressions, asked.strategy_state)
-
-
-def _synthesis(state: RunState, current: Round) -> tuple[Synthesise, ...]:
-    """The making of impressions, if this round's are still to be made and there is a model for it."""
-    if current.synthesised is not None:
-        return ()
-    assert state.model is not None
-    if state.overlaps:
-        before = state.records[-2].model if len(state.records) > 1 else None
-        model = state.released or state.model
-        return (Synthesise(current.number, model, state.impressions, before),)
-    if current.released is None or state.stage is Stage.RECALIBRATING:
-        return ()
-    before = state.released or state.model
-    return (Synthesise(current.number, current.released, state.impressions, before),)
-
-
-def _round_work(state: RunState, current: Round) -> tuple[Command, ...]:
-    if state.stage is Stage.TRAINING:
-        outstanding = set(current.outstanding)
-        return tuple(
-            _train(state, current, site)
-            for site in current.registered
-            if site in outstanding or state.awaits_update(site, current.number)
-        )
-    if state.stage is Stage.AGGREGATING:
-        assert state.model is not None
-        updates = tuple(
-            (s, current.reported[s].digest, current.reported[s].report) for s in sorted(current.reported)
-        )
-        late = tuple(
-            LateArrival(
-                site, found.asked.round, found.asked.model, found.update.digest, found.update.report,
-                found.asked.registered_examples,
-            )
-            for site, found in sorted(current.folding.items())
-        )  # fmt: skip
-        return (
-            Aggregate(
-                current.number, state.model, updates, state.strategy_state, state.released,
-                tuple(sorted(current.registered_examples.items())), late,
-            ),
-        )  # fmt: skip
-    if state.stage is Stage.RECALIBRATING:
-        return recalibration.recalibration_work(state, current)
-    if state.stage is Stage.EVALUATING:
-        released = current.released
-        assert released is not None
-        commands: list[Command] = [Evaluate(current.number, s, released) for s in current.unevaluated]
-        if awaits_figures(state, current, ""):
-            commands.append(EvaluateHere(current.number, released))
-        if awaits_scores(state, current):
-            assert state.model is not None
-            updates_to_score = tuple((s, current.reported[s].digest) for s in sorted(current.accepted))
-            commands.append(ScoreUpdates(current.number, state.model, updates_to_score))
-        return tuple(commands)
-    return ()
 
 
 def apply(state: RunState, event: ev.Event) -> RunState:
@@ -325,7 +135,7 @@ def _apply_to_round(state: RunState, event: ev.Event) -> RunState:
         case ev.SynthesisFinished():
             # A bank that was begun from one that has been purged meanwhile holds pictures of it.
             from_present = event.previous in (None, state.impressions)
-            _expect(state, bool(_synthesis(state, current)) and from_present, event)
+            _expect(state, bool(synthesis_work(state, current)) and from_present, event)
             changed = replace(
                 current,
                 synthesised=(event.made, event.note),
@@ -363,21 +173,6 @@ def _measured(
         case ev.UpdatesScored():
             measured = replace(current, evaluated_at=event.at, scores=event)
     return replace(state, current=measured)
-
-
-def awaits_figures(state: RunState, current: Round, site: str) -> bool:
-    """Whether a site's figures, or under the name "" those of the coordinator's own set, are still expected."""
-    if site == "":
-        return state.plan.evaluation.data is not None and "" not in {
-            **current.evaluations,
-            **current.not_evaluated,
-        }
-    return current.awaits_figures(site)
-
-
-def awaits_scores(state: RunState, current: Round) -> bool:
-    """Whether what local training did to each class is still to be measured here."""
-    return state.plan.evaluation.updates_data is not None and current.scores is None
 
 
 def _expect(state: RunState, condition: bool, event: ev.Event) -> None:

@@ -35,8 +35,9 @@ from fedserver.compute import ServerCompute
 from fedserver.compute_work import ComputeCommand, ComputeWork
 from fedserver.recalibration import Recalibrate
 from fedserver.round_decisions import Presence, World, decide
-from fedserver.round_machine import Evaluate, Synthesise, Train, apply, work
+from fedserver.round_machine import apply
 from fedserver.round_state import RunState, Stage, held_for_late
+from fedserver.round_work import Evaluate, Synthesise, Train, work
 from fedserver.strategies import load_strategy
 from fedsim.attacks import Attack, attacked
 from fedsim.forgetting import ForgettingMeter

@@ -16,8 +16,8 @@ from fedcore.tensor_file import TensorSpec, write_tensor_file
 from fedserver import round_events as ev
 from fedserver.compute import ServerCompute
 from fedserver.compute_work import ComputeWork
-from fedserver.round_machine import Aggregate
 from fedserver.round_state import RunState
+from fedserver.round_work import Aggregate
 
 PLAN = validate_plan(
     {

@@ -7,8 +7,8 @@ from typing import Any
 
 from fedserver import round_events as ev
 from fedserver.drain import Drain
-from fedserver.round_machine import Aggregate
 from fedserver.round_state import Stage, Status
+from fedserver.round_work import Aggregate
 from tests.unit.fedserver.test_round_driver import SITES, World, make_plan, served, to_training
 
 DRAIN = Drain.begun("ann", "new disk", 1000.0)

@@ -16,8 +16,8 @@ from fedserver.bank_messages import bank_message, later_banks, with_findings
 from fedserver.bank_summary import summarise_bank
 from fedserver.impression_purges import banks, in_use, kept, purged_only, raise_if_purged, under_way
 from fedserver.retention import erase_purged
-from fedserver.round_machine import Synthesise, Train, work
 from fedserver.round_state import RunState, Stage, Status, needed
+from fedserver.round_work import Synthesise, Train, work
 from fedserver.services.impressions import ImpressionsService
 from fedserver.site_purges import SitePurges
 from tests.unit.fedserver.test_round_driver import World as Coordinator

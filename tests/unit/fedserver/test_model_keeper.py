@@ -19,8 +19,8 @@ from fedserver.forecast import Measure
 from fedserver.journal import Journal
 from fedserver.model_keeper import ModelKeeper, Usage
 from fedserver.round_driver import RoundDriver
-from fedserver.round_machine import Aggregate
 from fedserver.round_state import Stage
+from fedserver.round_work import Aggregate
 from tests.unit.fedserver.test_round_driver import World, go, make_plan, served
 
 GIB = 1 << 30

@@ -6,8 +6,9 @@ from fedcore.errors import ConflictError
 from fedserver import round_events as ev
 from fedserver.recalibration import PoolStatistics, Recalibrate
 from fedserver.round_decisions import Presence, World, decide, waiting_for
-from fedserver.round_machine import Evaluate, Synthesise, Train, apply, task_of, work
+from fedserver.round_machine import apply
 from fedserver.round_state import RunState, Stage, needed, superseded
+from fedserver.round_work import Evaluate, Synthesise, Train, task_of, work
 from tests.unit.fedserver.test_round_machine import SITES, Story, here, make_plan, world
 
 STATISTICS = (("bn.running_mean", "F32", (2,)), ("bn.running_var", "F32", (2,)))

@@ -24,8 +24,8 @@ from fedserver.journal import Journal
 from fedserver.roster import Roster, Session
 from fedserver.round_decisions import Withheld
 from fedserver.round_driver import RoundDriver
-from fedserver.round_machine import Aggregate, Initialise
 from fedserver.round_state import RunState, Stage, Status
+from fedserver.round_work import Aggregate, Initialise
 from fedserver.schema import MIGRATIONS
 
 SITES = ("a", "b")

@@ -17,7 +17,9 @@ from fedserver.journal import replay
 from fedserver.model_drops import droppable, dropped_only
 from fedserver.recalibration import PoolStatistics, Recalibrate
 from fedserver.round_decisions import Presence, Withheld, World, concerned, decide, waiting_for
-from fedserver.round_machine import (
+from fedserver.round_machine import apply
+from fedserver.round_state import RunState, Stage, Status, needed, superseded
+from fedserver.round_work import (
     Aggregate,
     Command,
     Evaluate,
@@ -26,11 +28,9 @@ from fedserver.round_machine import (
     SiteCommand,
     Synthesise,
     Train,
-    apply,
     task_of,
     work,
 )
-from fedserver.round_state import RunState, Stage, Status, needed, superseded
 
 SITES = ("a", "b", "c")
 

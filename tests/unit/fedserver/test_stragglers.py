@@ -11,8 +11,9 @@ from fedcore.update_verdict import FoldedUpdate, UpdateVerdict
 from fedserver import round_events as ev
 from fedserver.journal import replay
 from fedserver.round_decisions import Presence, World, decide, waiting_for
-from fedserver.round_machine import Aggregate, Train, apply, work
+from fedserver.round_machine import apply
 from fedserver.round_state import RunState, Stage, Status, needed, superseded
+from fedserver.round_work import Aggregate, Train, work
 
 SITES = ("a", "b", "c", "d")
 PASSED = UpdateVerdict(passed=True)

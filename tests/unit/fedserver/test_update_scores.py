@@ -22,8 +22,8 @@ from fedserver import round_events as ev
 from fedserver.compute import ServerCompute
 from fedserver.compute_work import ComputeWork
 from fedserver.own_images import balanced_sample
-from fedserver.round_machine import Aggregate, ScoreUpdates
 from fedserver.round_state import RunState
+from fedserver.round_work import Aggregate, ScoreUpdates
 
 COMPUTE = {"device": "cpu", "threads": 1}
 # Images of each class in the file.
