@@ -32,7 +32,7 @@ from fedserver.roster import Roster
 from fedserver.round_decisions import Withheld, World, concerned, decide, waiting_for
 from fedserver.round_machine import apply
 from fedserver.round_state import RunState, Stage, Status, needed, superseded
-from fedserver.round_work import SiteCommand, task_of, work
+from fedserver.round_work import SiteCommand, needed_by, task_of, work
 
 _TICK_S = 0.25
 _RETRY_S = 5.0
@@ -225,14 +225,8 @@ class RoundDriver:
     def readable_by(self, site: str, digest: str) -> Path:
         """Path of an artifact that the site's present work needs. Raises NotFoundError for any other."""
         view = self.active()
-        if view is not None and site in view.state.sites:
-            state, current = view.state, view.state.current
-            shared = state.strategy_state if state.shares_state else None
-            released = current.released if current is not None else None
-            asked = state.stragglers.get(site)
-            late = {asked.model, asked.impressions, asked.strategy_state} if asked is not None else set()
-            if digest in {state.model, state.impressions, released, shared} | late:
-                return self._store.find(digest)
+        if view is not None and digest in needed_by(view.state, site):
+            return self._store.find(digest)
         raise NotFoundError(f"{site}: artifact {digest[:64]!r} is not part of its present work")
 
     def count_down(self, sent_bytes: int) -> None:

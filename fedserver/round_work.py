@@ -1,4 +1,4 @@
-"""What should be under way in a state of a run: commands, as pure functions of the state."""
+"""What should be under way in a state of a run, and what it needs: pure functions of the state."""
 
 from dataclasses import dataclass
 
@@ -129,6 +129,19 @@ def task_of(state: RunState, site: str) -> SiteCommand | None:
         assert current.released is not None
         return Evaluate(current.number, site, current.released)
     return None
+
+
+def needed_by(state: RunState, site: str) -> frozenset[str]:
+    """Digests of the artifacts that the site's present work needs."""
+    if site not in state.sites:
+        return frozenset()
+    current, asked = state.current, state.stragglers.get(site)
+    found = {state.model, state.impressions, current.released if current is not None else None}
+    if state.shares_state:
+        found.add(state.strategy_state)
+    if asked is not None:
+        found |= {asked.model, asked.impressions, asked.strategy_state}
+    return frozenset(digest for digest in found if digest is not None)
 
 
 def _train(state: RunState, current: Round, site: str) -> Train:
