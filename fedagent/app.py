@@ -83,7 +83,7 @@ async def _serve(
     )
     transfers = Transfers(site, store, driver.stub, throttle_of(policy.bandwidth_mbit_s), audit=audit)
     page, send = _metrics(config, places, driver, board, transfers)
-    tasks = Tasks(site, places, config, compute, store, transfers, send, policy)
+    tasks = Tasks(site, places, config, compute, store, transfers, send, policy, audit=audit)
     log.info("agent starts", site=site, home=str(places.root))
     renewal = Renewal(places.credential, config.proxy, driver.certificates, driver.reconnect)
     driver.when_asked_to_renew(renewal.hurry)

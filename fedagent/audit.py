@@ -21,7 +21,7 @@ from fedcore.audit_heads import head_from_proto, head_to_proto
 from fedcore.audit_store import AuditLog
 from fedcore.audit_text import document
 from fedcore.database import Database, open_database
-from fedcore.errors import TermError
+from fedcore.errors import PermissionDeniedError, TermError
 from fedcore.term import Term, term_from_proto, term_to_proto
 from fedcore.text import printable
 from fedcore.v1 import federation_pb2
@@ -164,6 +164,19 @@ class SiteAudit:
             bytes=len(report.payload),
             **purpose.detail,
         )
+
+    async def statistics_refused(
+        self, task: federation_pb2.RecalibrateTask, error: PermissionDeniedError
+    ) -> None:
+        """Record that statistics were asked for which this site gives to nobody; the same again is not recorded again."""
+        if error.message not in self._refused:
+            self._refused.add(error.message)
+            purpose = Purpose("statistics", task.run, task.round)
+            detail = {"error": error.message, **purpose.detail}
+            thing = f"artifact/{printable(task.model.digest, 64)}"
+            await self.log.record(
+                Fact("statistics.refuse", _AGENT, object=thing, result=error.code, detail=detail)
+            )
 
     async def log_lines(self, lines: federation_pb2.LogLines) -> None:
         """Record lines of this agent's log that are about to leave, or that they were refused."""

@@ -96,7 +96,7 @@ class AgentHome:
 
     @property
     def local_state(self) -> Path:
-        """What a strategy keeps at the site between rounds (FedBN's normalisation layers), a folder a run."""
+        """What the site keeps between rounds, a folder a run: FedBN's layers, the model scored last, statistics given."""
         return self.root / "local"
 
     @property

@@ -79,6 +79,8 @@ class SitePolicy(ConfigSection):
     # Computing for one round, training and evaluation each; what takes longer is ended.
     max_hours_per_round: PositiveFloat | None = None
     receive_impressions: bool = True
+    # Whether BatchNorm statistics of merged models are measured on the images here, in runs that ask for it.
+    recalibrate: bool = True
     # Whether people at this site may look at those that lie here (`fedagent impressions preview`).
     show_impressions: bool = True
     working_hours: WorkingHours | None = None
@@ -107,7 +109,12 @@ def refusal_now(policy: SitePolicy, moment: datetime, num_examples: int | None) 
 
 
 def refusal_of_task(
-    policy: SitePolicy, plan_json: str, *, objective: str | None, has_impressions: bool
+    policy: SitePolicy,
+    plan_json: str,
+    *,
+    objective: str | None,
+    has_impressions: bool = False,
+    recalibrates: bool = False,
 ) -> str:
     """Why this site does not do a task, in words; empty if it does.
 
@@ -115,6 +122,8 @@ def refusal_of_task(
     """
     if has_impressions and not policy.receive_impressions:
         return "refuses: policy forbids to receive impressions"
+    if recalibrates and not policy.recalibrate:
+        return "refuses: policy forbids to measure BatchNorm statistics of merged models"
     if objective is not None and (reason := _not_among("objective", objective, policy.objectives)):
         return reason
     if policy.models is None and policy.strategies is None and policy.max_epochs is None:
@@ -145,6 +154,7 @@ def policy_lines(policy: SitePolicy) -> list[str]:
         "epochs": limit(policy.max_epochs, "a round"),
         "hours": limit(policy.max_hours_per_round, "a round"),
         "impressions": "received" if policy.receive_impressions else "not received",
+        "statistics": "measured for runs that recalibrate" if policy.recalibrate else "not measured",
         "previews": "allowed here" if policy.show_impressions else "forbidden here",
         "working hours": str(policy.working_hours or "always"),
         "bandwidth": limit(policy.bandwidth_mbit_s, "Mbit/s"),

@@ -10,10 +10,11 @@ from typing import Any
 import structlog
 
 from fedagent.agent_machine import is_run
-from fedagent.audit import Purpose
+from fedagent.audit import Purpose, SiteAudit
 from fedagent.config import AgentConfig, AgentHome
 from fedagent.held_impressions import HeldImpressions
 from fedagent.policy import SitePolicy, refusal_of_task
+from fedagent.recalibration_limit import RecalibrationLimit
 from fedagent.site_model import ScoredModel, remember
 from fedagent.transfer import Transfers, load_record, save_record
 from fedcore.artifact_store import ArtifactStore
@@ -55,6 +56,8 @@ class Tasks:
         transfers: Transfers,
         send: Send,
         policy: SitePolicy | None = None,
+        *,
+        audit: SiteAudit,
     ) -> None:
         self._site = site
         self._policy = policy or SitePolicy()
@@ -67,6 +70,8 @@ class Tasks:
         self._store = store
         self._transfers = transfers
         self._send = send
+        self._audit = audit
+        self._limit = RecalibrationLimit(home.local_state)
         self._held = HeldImpressions(home.artifacts)
         self._told_held: list[str] = []
         self._present_run = ""
@@ -121,7 +126,30 @@ class Tasks:
             self._failed(task.run, task.round, error)
 
     async def recalibrate(self, task: federation_pb2.RecalibrateTask) -> None:
-        """Measure BatchNorm statistics and report them. Whatever goes wrong is told to the coordinator."""
+        """Report BatchNorm statistics of the merged model, measured once. Whatever goes wrong is told to the coordinator."""
+        try:
+            self._check_allowed(task.plan_json, recalibrates=True)
+            report = await self._given_before(task)
+            if report is None:
+                report = await self._measure(task)
+                await asyncio.to_thread(self._limit.answered, report)
+        except (FedimpresError, OSError) as error:
+            self._failed(task.run, task.round, error, recalibrating=True)
+            return
+        self._send(federation_pb2.AgentMessage(statistics=report))
+
+    async def _given_before(
+        self, task: federation_pb2.RecalibrateTask
+    ) -> federation_pb2.StatisticsReport | None:
+        """The answer, if this is a repetition. Raises PermissionDeniedError, recorded, for what may not be asked."""
+        try:
+            return await asyncio.to_thread(self._limit.answer, task.run, task.round, task.model.digest)
+        except PermissionDeniedError as error:
+            with contextlib.suppress(FedimpresError):  # a log that can't be written changes no answer
+                await self._audit.statistics_refused(task, error)
+            raise
+
+    async def _measure(self, task: federation_pb2.RecalibrateTask) -> federation_pb2.StatisticsReport:
         out = self._store.new_path()
         try:
             model = await self._model_of(task)
@@ -137,12 +165,9 @@ class Tasks:
                 self._forward(task.run, task.round),
             )
             manifest, payload = await asyncio.to_thread(_read_tensors, out)
-        except (FedimpresError, OSError) as error:
-            self._failed(task.run, task.round, error, recalibrating=True)
-            return
         finally:
             out.unlink(missing_ok=True)
-        report = federation_pb2.StatisticsReport(
+        return federation_pb2.StatisticsReport(
             run=task.run,
             round=task.round,
             model=task.model.digest,
@@ -151,11 +176,11 @@ class Tasks:
             payload=payload,
             seconds=result["seconds"],
         )
-        self._send(federation_pb2.AgentMessage(statistics=report))
 
     async def evaluate(self, task: federation_pb2.EvaluateTask) -> None:
         """Evaluate and report. Whatever goes wrong is told to the coordinator."""
         try:
+            self._check_allowed(task.plan_json)
             model = await self._model_of(task)
             result = await self._compute_within_hours(
                 "evaluate",
@@ -198,8 +223,7 @@ class Tasks:
             log.warning("the model scored can't be exported here", run=task.run, error=str(error))
 
     async def _model_of(self, task: federation_pb2.RecalibrateTask | federation_pb2.EvaluateTask) -> Path:
-        """The merged model of a task that follows an update, if the site's policy allows the task."""
-        self._check_allowed(task.plan_json, objective=None, has_impressions=False)
+        """The merged model of a task that follows an update."""
         self._forget_other_runs(task.run)
         self._forget_rounds(task.run, task.round + 1, task.model.digest)
         return await self._transfers.fetch(
@@ -216,6 +240,7 @@ class Tasks:
         if record is None or record.get("inputs") != inputs or record["digest"] not in self._store:
             record = {**await self._train(task), "inputs": inputs}
             save_record(record_path, record)
+        await asyncio.to_thread(self._limit.update_leaves, task.run, task.round, inputs)
         digest = record["digest"]
         key = federation_pb2.DeliveryKey(run=task.run, round=task.round, site=self._site, digest=digest)
         outcome = await self._transfers.deliver(
@@ -277,10 +302,21 @@ class Tasks:
             message = federation_pb2.ImpressionsHeld(digests=held)
             self._send(federation_pb2.AgentMessage(impressions_held=message))
 
-    def _check_allowed(self, plan_json: str, *, objective: str | None, has_impressions: bool) -> None:
+    def _check_allowed(
+        self,
+        plan_json: str,
+        *,
+        objective: str | None = None,
+        has_impressions: bool = False,
+        recalibrates: bool = False,
+    ) -> None:
         """Raise PermissionDeniedError with the reason if this site's policy forbids a task."""
         reason = refusal_of_task(
-            self._policy, plan_json, objective=objective, has_impressions=has_impressions
+            self._policy,
+            plan_json,
+            objective=objective,
+            has_impressions=has_impressions,
+            recalibrates=recalibrates,
         )
         if reason:
             raise PermissionDeniedError(reason)

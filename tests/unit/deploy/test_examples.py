@@ -16,4 +16,4 @@ def test_the_examples_are_valid():
         name for name in SitePolicy.model_fields if getattr(policy, name) == getattr(SitePolicy(), name)
     }
     # As they are by default, written out; and the narrower twin of `strategies`.
-    assert left_out == {"receive_impressions", "show_impressions", "objectives"}
+    assert left_out == {"receive_impressions", "recalibrate", "show_impressions", "objectives"}

@@ -61,8 +61,16 @@ class Site:
         self.store.adopt(path, self.model)
         self.said: list[federation_pb2.AgentMessage] = []
         self.audit_file = open_site_audit(self.home.audit)
-        self.transfers = Transfers("a", self.store, self._no_stub, audit=SiteAudit(self.audit_file))
-        self.tasks = Tasks("a", self.home, AgentConfig(), host, self.store, self.transfers, self.said.append)
+        self.audit = SiteAudit(self.audit_file)
+        self.transfers = Transfers("a", self.store, self._no_stub, audit=self.audit)
+        self.start(host)
+
+    def start(self, host: ComputeHost, policy: SitePolicy | None = None) -> None:
+        """The tasks of an agent that starts, under a policy."""
+        self.tasks = Tasks(
+            "a", self.home, AgentConfig(), host, self.store, self.transfers, self.said.append, policy,
+            audit=self.audit,
+        )  # fmt: skip
 
     def _no_stub(self) -> Any:
         raise UnreachableError("no connection")
@@ -118,11 +126,16 @@ async def stored(*args: Any) -> Any:
     return federation_pb2.DeliverReply.OUTCOME_STORED
 
 
-def test_names_that_are_no_utf8_reach_the_coordinator_written_out(site: Site, host: ComputeHost) -> None:
+def test_names_that_are_no_utf8_reach_the_coordinator_written_out(
+    site: Site, host: ComputeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.delivers(stored, monkeypatch)
+
     async def story() -> None:
         reason = (await site.tasks.describe()).unavailable_reason
         assert reason.startswith(r"/data/gr\udcfc\udcdfe.png: can't be read!")
         assert len(reason) == 1000
+        await site.tasks.train(site.train("blood-1"))
         await site.tasks.evaluate(site.evaluate("blood-1"))
         await site.tasks.recalibrate(site.recalibrate("blood-1"))
 
@@ -387,9 +400,7 @@ def test_a_pause_ends_the_task_at_once_is_told_and_holds_until_resume(tmp_path: 
 
 def test_what_the_policy_forbids_touches_neither_line_nor_disk(site: Site, host: ComputeHost) -> None:
     policy = SitePolicy(objectives=("plain",), receive_impressions=False)
-    site.tasks = Tasks(
-        "a", site.home, AgentConfig(), host, site.store, site.transfers, site.said.append, policy
-    )
+    site.start(host, policy)
     task = site.train("blood-1")
     task.objective = "proximal"
     before = sorted(site.home.root.rglob("*"))
@@ -418,9 +429,7 @@ def test_a_computation_beyond_the_hours_is_withdrawn_and_told(
 
     monkeypatch.setattr(host, "run", endless)
     policy = SitePolicy(max_hours_per_round=0.05 / 3600)
-    site.tasks = Tasks(
-        "a", site.home, AgentConfig(), host, site.store, site.transfers, site.said.append, policy
-    )
+    site.start(host, policy)
     go(host, site.tasks.train(site.train("blood-1")))
     go(host, site.tasks.evaluate(site.evaluate("blood-1")))
     assert ended == ["train", "evaluate"]

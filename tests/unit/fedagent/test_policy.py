@@ -72,7 +72,15 @@ def test_what_no_rule_forbids_is_done():
     )
     assert refusal_of_task(policy, PLAN, objective="proximal", has_impressions=False) == ""
     # An evaluation has no local half.
-    assert refusal_of_task(policy, PLAN, objective=None, has_impressions=False) == ""
+    assert refusal_of_task(policy, PLAN, objective=None) == ""
+
+
+def test_statistics_are_forbidden_by_a_rule_of_their_own_which_binds_no_other_task():
+    policy = SitePolicy(recalibrate=False)
+    reason = "refuses: policy forbids to measure BatchNorm statistics of merged models"
+    assert refusal_of_task(policy, PLAN, objective=None, recalibrates=True) == reason
+    assert refusal_of_task(policy, PLAN, objective=None) == ""
+    assert refusal_of_task(SitePolicy(), PLAN, objective=None, recalibrates=True) == ""
 
 
 def test_a_small_site_stays_out_and_does_not_tell_how_small_it_is():
