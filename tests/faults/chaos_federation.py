@@ -68,6 +68,13 @@ def impressions_document(**changes: Any) -> dict[str, Any]:
     )
 
 
+def recalibrated_document(**changes: Any) -> dict[str, Any]:
+    """The same net, with BatchNorm statistics measured after each merge; every site's are wanted."""
+    return digits_plan(
+        SITES, name="recalibrated", rounds=ROUNDS, strategy_options={"recalibrate": True}, **_patient(changes)
+    )
+
+
 def _patient(changes: dict[str, Any]) -> dict[str, Any]:
     """Sites are waited for, unless `changes` say otherwise."""
     return {**changes, "limits": {"join_wait_s": 60, **changes.get("limits", {})}}
@@ -171,6 +178,11 @@ class ChaosFederation(Federation):
     def stored(self, run: str, round_number: int) -> list[str]:
         """The sites whose updates of a round are stored."""
         return [e["site"] for e in self.events(run, "update_stored") if e["round"] == round_number]
+
+    def measured(self, run: str, round_number: int) -> dict[str, str]:
+        """The digests of the statistics that are stored of a round, by site."""
+        stored = self.events(run, "statistics_stored")
+        return {e["site"]: e["digest"] for e in stored if e["round"] == round_number}
 
     def control(self, method: str, run: str) -> None:
         """PauseRun or ResumeRun."""

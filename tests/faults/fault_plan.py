@@ -10,12 +10,14 @@ Phase = Literal[
     "fetching",
     "uploading",
     "aggregating",
+    "recalibrating",
     "synthesising",
     "evaluating",
     "between rounds",
 ]
 PHASES: tuple[Phase, ...] = (
-    "waiting", "training", "fetching", "uploading", "aggregating", "synthesising", "evaluating", "between rounds",
+    "waiting", "training", "fetching", "uploading", "aggregating", "recalibrating", "synthesising", "evaluating",
+    "between rounds",
 )  # fmt: skip
 # The site that faults befall, unless a plan says otherwise.
 VICTIM = "site-b"
@@ -96,8 +98,9 @@ class TornJournal(Fault):
 
 @dataclass(frozen=True)
 class FlippedBit(Fault):
-    """One bit of a file is another: "spool" (what arrived of an upload), "update" (stored at the coordinator), "model"
-    or "partial" (at a site, whose agent is killed and started again).
+    """One bit of a file is another: "spool" (what arrived of an upload), "update" or "statistics" (stored at the
+    coordinator, the latter of a site that has measured), "model" or "partial" (at a site, whose agent is killed and
+    started again).
     """
 
     what: str = "model"

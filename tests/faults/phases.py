@@ -100,8 +100,8 @@ def _arm(
             still.callback(relay.heal)
         case "aggregating" | "synthesising":
             still.enter_context(federation.hold_compute("coordinator"))
-        case "evaluating":
-            # The training of one can't end before the evaluation of another is held.
+        case "recalibrating" | "evaluating":
+            # The training of one can't end before what follows is held at another.
             first.enter_context(federation.hold_compute(FIRST))
 
 
@@ -131,13 +131,18 @@ def _arrive(
         case "synthesising":
             wait_until(lambda: len(federation.stored(run, round_number)) == len(SITES), "all updates")
             wait_until(lambda: commanded(federation.compute_pid("coordinator")), "the synthesis")
-        case "evaluating":
+        case "recalibrating" | "evaluating":
             wait_until(
                 lambda: len(federation.stored(run, round_number)) == len(SITES) - 1, "the other updates"
             )
             still.enter_context(federation.hold_compute(VICTIM))
             first.close()
-            federation.wait_phase(run, "evaluating")
+            federation.wait_phase(run, phase)
+            if phase == "recalibrating":
+                wait_until(
+                    lambda: len(federation.measured(run, round_number)) == len(SITES) - 1,
+                    "the other statistics",
+                )
 
 
 def _opened(federation: ChaosFederation, run: str) -> int:

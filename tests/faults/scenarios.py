@@ -5,12 +5,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tests.faults.chaos_federation import COMPILER, impressions_document, upload_document
+from tests.faults.chaos_federation import (
+    COMPILER,
+    impressions_document,
+    recalibrated_document,
+    upload_document,
+)
 from tests.faults.fault_plan import PHASES, VICTIM, FaultPlan, FlippedBit, Phase, TornJournal
 
 # Phases that only the second round has.
 _SECOND: tuple[Phase, ...] = ("synthesising", "between rounds")
 _LET_GO = {"stall_timeout_s": 3, "join_wait_s": 1}
+# Plans of runs that have a phase which others have not.
+_DOCUMENTS = {"recalibrating": recalibrated_document, "synthesising": impressions_document}
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ def scenario(seed: int, fault: str, phase: Phase) -> Scenario:
     number = 2 if phase in _SECOND or needs_earlier else draw.choice((1, 2))
     plan, outcome = _PLANS[fault](FaultPlan(), draw, phase, number)
     let_go = outcome == "DEGRADED" and fault != "disk full"
-    document = impressions_document if phase == "synthesising" else upload_document
+    document = _DOCUMENTS.get(phase, upload_document)
     return Scenario(seed, fault, phase, plan, document(limits=_LET_GO if let_go else {}), outcome)
 
 
@@ -90,6 +97,8 @@ def _torn_journal(plan: FaultPlan, draw: random.Random, phase: Phase, number: in
 
 def _flipped_bit(plan: FaultPlan, draw: random.Random, phase: Phase, number: int) -> Planned:
     what = {"uploading": "spool", "fetching": "partial", "aggregating": "update", "synthesising": "update"}
+    if phase == "recalibrating" and draw.random() < 0.5:
+        what[phase] = "statistics"
     return plan.flipped_bit(what.get(phase, "model"), phase=phase, round=number), "DONE"
 
 

@@ -157,6 +157,9 @@ class Strike:
         match fault.what:
             case "update":
                 _flip_bit(self._stored_update(fault.site, fault.round))
+            case "statistics":
+                digest = federation.measured(self._run, fault.round)[LAST]
+                _flip_bit(artifact_path(federation.server_home / "artifacts", digest))
             case "spool":
                 part = federation.part(fault.site)
                 assert part is not None
