@@ -195,18 +195,30 @@ class ServerCompute:
     def pool_statistics(self, args: dict[str, Any], job: Job) -> dict[str, Any]:
         """Put the statistics that sites measured on a model into it.
 
-        Raises as `recalibrate`, StorageError for a file that is no longer what arrived.
+        The digest is null if stored statistics are no longer what arrived: `damaged` names their sites. Raises as
+        `recalibrate`, StorageError if the model is not whole.
         """
         plan = plan_from_json(args["plan"])
         _device(args)
         number = int(args["round"])
-        measured = [
-            (SiteReport.of(one["site"], one["report"]), _stored(one, f"{one['site']}'s statistics", number))
-            for one in args["statistics"]
-        ]
-        model = _stored(args["model"], "the merged model", number)
+        measured, damaged = [], []
+        for one in args["statistics"]:
+            try:
+                tensors = load_intact(Path(one["path"]), one["digest"])
+            except StorageError:
+                damaged.append(one["site"])
+            else:
+                measured.append((SiteReport.of(one["site"], one["report"]), tensors))
+        if damaged:
+            return {"digest": None, "damaged": damaged}
+        try:
+            model = load_intact(Path(args["model"]["path"]), args["model"]["digest"])
+        except StorageError as error:
+            raise StorageError(
+                f"the merged model of round {number}: missing or damaged on the coordinator's disk"
+            ) from error
         found = recalibrate(model, measured, load_strategy(plan), plan, number, Path(args["out"]))
-        return {"digest": found.digest, "rejected": dict(found.rejected)}
+        return {"digest": found.digest, "rejected": dict(found.rejected), "damaged": []}
 
     def synthesise(self, args: dict[str, Any], job: Job) -> dict[str, Any]:
         """Make a bank of impressions; none, with digest null and the reason as note, while it's too early.
@@ -374,16 +386,6 @@ def _size(specs: Iterable[TensorSpec]) -> int:
 def _damaged(updates: Sequence[Mapping[str, Any]]) -> list[str]:
     """The sites whose update's file has not the digest that it is stored under."""
     return [update["site"] for update in updates if not is_intact(Path(update["path"]), update["digest"])]
-
-
-def _stored(file: Mapping[str, Any], what: str, round_number: int) -> dict[str, Tensor]:
-    """The tensors of a stored file, by its path and digest. Raises StorageError that says `what` is not whole."""
-    try:
-        return load_intact(Path(file["path"]), file["digest"])
-    except StorageError as error:
-        raise StorageError(
-            f"{what} of round {round_number}: missing or damaged on the coordinator's disk"
-        ) from error
 
 
 def _path(text: str | None) -> Path | None:

@@ -203,6 +203,13 @@ class ComputeWork:
             "pool_statistics", on_progress, plan=plan, round=command.round, model=model, statistics=measured,
             out=str(out),
         )  # fmt: skip
+        if result["damaged"]:
+            lost = {
+                site: f"{site} round {command.round}: its statistics are missing or damaged on the coordinator's disk"
+                for site in result["damaged"]
+            }
+            log.error("stored statistics are lost", run=state.run, round=command.round, lost=sorted(lost))
+            return ev.StatisticsLost(at=self._clock.wall(), round=command.round, lost=lost)
         await self._adopt(state.run, out, result["digest"])
         return ev.ModelRecalibrated(
             at=self._clock.wall(), round=command.round, model=result["digest"], rejected=result["rejected"]

@@ -63,7 +63,11 @@ def event_text(event: ev.Event) -> str:
         case ev.AggregationFailed():
             return f"nothing could be merged: {event.reason}{_refused(event.rejected)}"
         case (
-            ev.StatisticsStored() | ev.StatisticsLetGo() | ev.ModelRecalibrated() | ev.RecalibrationSkipped()
+            ev.StatisticsStored()
+            | ev.StatisticsLetGo()
+            | ev.StatisticsLost()
+            | ev.ModelRecalibrated()
+            | ev.RecalibrationSkipped()
         ):
             return _recalibration_text(event)
         case _:
@@ -76,6 +80,8 @@ def _recalibration_text(event: RecalibrationEvent) -> str:
             return f"measured the merged model's BatchNorm statistics on {event.num_examples} images"
         case ev.StatisticsLetGo():
             return f"statistics are pooled without it: {event.reason}"
+        case ev.StatisticsLost():
+            return f"statistics are asked for again: {'; '.join(event.lost.values())}"
         case ev.ModelRecalibrated():
             return f"put the sites' statistics into the model{_refused(event.rejected)}"
         case ev.RecalibrationSkipped():

@@ -2,17 +2,24 @@
 `round_machine`.
 
 Each site whose update was merged passes its training images through the model that is to be handed out and tells what the
-BatchNorm layers saw; the coordinator pools that into the model. Where too few sites answer, or pooling fails, the model
-stays as it was merged and the round goes on. Source: Wu & Johnson 2021, Rethinking "Batch" in BatchNorm, arXiv:2105.07576,
-section 3 (PreciseBN).
+BatchNorm layers saw; the coordinator pools that into the model. A site whose stored answer is damaged is asked again. Where
+too few sites answer, or pooling fails, the model stays as it was merged and the round goes on.
+Source: Wu & Johnson 2021, Rethinking "Batch" in BatchNorm, arXiv:2105.07576, section 3 (PreciseBN).
 """
 
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from fedserver import round_events as ev
 from fedserver.round_state import Round, RunState, Stage, Statistics, with_item
 
-RecalibrationEvent = ev.StatisticsStored | ev.StatisticsLetGo | ev.ModelRecalibrated | ev.RecalibrationSkipped
+RecalibrationEvent = (
+    ev.StatisticsStored
+    | ev.StatisticsLetGo
+    | ev.StatisticsLost
+    | ev.ModelRecalibrated
+    | ev.RecalibrationSkipped
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +57,8 @@ def can_happen(current: Round, event: RecalibrationEvent) -> bool:
     """Whether the event fits the round, if its run is in this stage."""
     if isinstance(event, ev.StatisticsStored | ev.StatisticsLetGo):
         return current.awaits_statistics(event.site)
+    if isinstance(event, ev.StatisticsLost) and not event.lost.keys() <= current.statistics.keys():
+        return False
     return not current.recalibrating
 
 
@@ -63,6 +72,9 @@ def apply_recalibration(state: RunState, current: Round, event: RecalibrationEve
         case ev.StatisticsLetGo():
             changed = replace(current, not_measured=with_item(current.not_measured, event.site, event.reason))
             return replace(state, current=changed)
+        case ev.StatisticsLost():
+            kept = {s: found for s, found in current.statistics.items() if s not in event.lost}
+            return replace(state, current=replace(current, statistics=MappingProxyType(kept)))
         case ev.ModelRecalibrated():
             # Where the strategy averages models over rounds, sites go on from the newest one as it was merged: training
             # normalises by batch and reads no statistics (layers frozen at them are refused in such a run).

@@ -184,6 +184,14 @@ class StatisticsLetGo(_Event):
     reason: str
 
 
+class StatisticsLost(_Event):
+    """Stored statistics are gone or damaged on the coordinator's disk, with the reason by site: these are asked again."""
+
+    kind: Literal["statistics_lost"] = "statistics_lost"
+    round: int
+    lost: dict[str, str]
+
+
 class ModelRecalibrated(_Event):
     """The model that is handed out is stored with the sites' pooled statistics, as `model`.
 
@@ -323,6 +331,7 @@ Event = Annotated[
     | AggregationFailed
     | StatisticsStored
     | StatisticsLetGo
+    | StatisticsLost
     | ModelRecalibrated
     | RecalibrationSkipped
     | SynthesisFinished

@@ -49,6 +49,10 @@ def _gone_for_good(fault: Any) -> bool:
     return isinstance(fault, faults.Kill) and fault.for_good
 
 
+def _of_statistics(fault: Any) -> bool:
+    return isinstance(fault, faults.FlippedBit) and fault.what == "statistics"
+
+
 # The cells that should see a mutant, and which of their scenarios.
 CELLS: Mapping[str, tuple[tuple[str, Phase, Wanted], ...]] = {
     "no fsync": (("kill coordinator", "aggregating", _power), ("kill coordinator", "training", _power)),
@@ -67,6 +71,8 @@ CELLS: Mapping[str, tuple[tuple[str, Phase, Wanted], ...]] = {
     "an agent trusts what it has cached": (("flipped bit", "training", _any),),
     "a full disk at the coordinator fails the site": (("disk full", "uploading", _any),),
     "deadlines by the wall clock": (("clock jump", "uploading", _forward_at_the_coordinator),),
+    "stored statistics are not hashed again": (("flipped bit", "recalibrating", _of_statistics),),
+    "a site's last update is not noted for good": (("kill agent", "recalibrating", _power),),
     "the spool is never swept": (("kill agent", "uploading", _gone_for_good),),
 }
 

@@ -146,6 +146,14 @@ def _hash_nothing_again(module: Any) -> None:
         module.is_intact = lambda path, digest: True
 
 
+def _hash_no_statistics(module: Any) -> None:
+    module.load_intact = lambda path, digest: module.load_tensors(path)
+
+
+def _note_unsynced(module: Any) -> None:
+    module.write_file = lambda path, data: path.write_bytes(data)
+
+
 def _trust_the_cache(module: Any) -> None:
     module.ArtifactStore.intact = lambda store, digest: digest in store
 
@@ -199,6 +207,8 @@ MUTANTS: Mapping[str, Mapping[str, Patch]] = {
         "fedagent.tasks": _try_once,
     },
     "deadlines by the wall clock": {"fedcore.clock": _read_the_wall_clock},
+    "stored statistics are not hashed again": {"fedserver.compute": _hash_no_statistics},
+    "a site's last update is not noted for good": {"fedagent.recalibration_limit": _note_unsynced},
     "the spool is never swept": {"fedserver.deliveries": _leave_the_spool},
 }
 

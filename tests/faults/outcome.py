@@ -102,7 +102,12 @@ def counted_twice(federation: ChaosFederation, run: str) -> list[str]:
         (e["round"], site) for e in federation.events(run, "aggregation_failed") for site in e["rejected"]
     )
     found += [f"{key} stored {n} times" for key, n in stored.items() if n > 1 + damaged[key]]
-    for kind in ("aggregation_finished", "round_finished"):
+    measured = Counter((e["round"], e["site"]) for e in federation.events(run, "statistics_stored"))
+    again = Counter(
+        (e["round"], site) for e in federation.events(run, "statistics_lost") for site in e["lost"]
+    )
+    found += [f"statistics of {key} stored {n} times" for key, n in measured.items() if n > 1 + again[key]]
+    for kind in ("aggregation_finished", "model_recalibrated", "round_finished"):
         rounds = Counter(e["round"] for e in federation.events(run, kind))
         found += [f"{kind} {number} {n} times" for number, n in rounds.items() if n > 1]
     for event in federation.events(run, "aggregation_finished"):

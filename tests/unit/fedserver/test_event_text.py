@@ -81,6 +81,10 @@ TEXTS: list[tuple[ev.Event, str]] = [
         "statistics are pooled without it: late",
     ),
     (
+        ev.StatisticsLost(at=1, round=2, lost={"a": "a's are damaged", "b": "b's too"}),
+        "statistics are asked for again: a's are damaged; b's too",
+    ),
+    (
         ev.ModelRecalibrated(at=1, round=2, model="d", rejected={"c": "far off"}),
         "put the sites' statistics into the model; refused: c (far off)",
     ),

@@ -43,6 +43,7 @@ EVERY_EVENT: list[ev.Event] = [
     ev.AggregationFailed(at=8, round=1, reason="r", rejected={}),
     ev.StatisticsStored(at=8, round=1, site="a", digest="d", num_examples=5),
     ev.StatisticsLetGo(at=8, round=1, site="b", reason="r"),
+    ev.StatisticsLost(at=8, round=1, lost={"a": "ü"}),
     ev.ModelRecalibrated(at=8, round=1, model="m3", rejected={"b": "ü"}),
     ev.RecalibrationSkipped(at=8, round=1, reason="ü"),
     ev.SynthesisFinished(at=9, round=1, impressions=None, made=0, note="n"),

@@ -132,6 +132,19 @@ def test_the_deadline_is_that_of_a_round() -> None:
     assert event.reason == "round deadline passed"
 
 
+def test_sites_whose_stored_statistics_are_damaged_are_asked_again() -> None:
+    story = merged()
+    answer(story, "a", "b")
+    story.tell(ev.StatisticsLetGo(at=3, round=1, site="c", reason="r"))
+    story.tell(ev.StatisticsLost(at=4, round=1, lost={"b": "damaged"}))
+    assert work(story.state) == (Recalibrate(1, "b", "m1"),)
+    assert "t-b" not in needed(story.state)
+    answer(story, "b")
+    (command,) = work(story.state)
+    assert isinstance(command, PoolStatistics)
+    assert [site for site, _, _ in command.statistics] == ["a", "b"]
+
+
 def test_what_is_not_asked_for_is_refused() -> None:
     story = merged()
     answer(story, "a")
@@ -141,11 +154,15 @@ def test_what_is_not_asked_for_is_refused() -> None:
         stored.model_copy(update={"site": "z"}),
         stored.model_copy(update={"site": "b", "round": 2}),
         ev.ModelRecalibrated(at=4, round=1, model="m1c"),
+        ev.StatisticsLost(at=4, round=1, lost={"a": "nobody looked yet"}),
         ev.RecalibrationSkipped(at=4, round=1, reason="r"),
         ev.EvaluationReported(at=4, round=1, site="a", metrics=()),
     ):
         with pytest.raises(ConflictError):
             apply(story.state, event)
+    answer(story, "b", "c")
+    with pytest.raises(ConflictError):
+        apply(story.state, ev.StatisticsLost(at=4, round=1, lost={"z": "has none"}))
 
 
 def test_files_stay_while_they_are_needed_and_go_with_the_round() -> None:

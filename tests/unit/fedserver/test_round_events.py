@@ -35,6 +35,7 @@ EVENTS: tuple[ev.Event, ...] = (
     ev.AggregationFailed(at=1.5, round=1, reason="r", rejected={"b": "NaN"}),
     ev.StatisticsStored(at=1.5, round=1, site="a", digest="d", num_examples=5),
     ev.StatisticsLetGo(at=1.5, round=1, site="b", reason="r"),
+    ev.StatisticsLost(at=1.5, round=1, lost={"a": "damaged"}),
     ev.ModelRecalibrated(at=1.5, round=1, model="m", rejected={"b": "far off"}),
     ev.RecalibrationSkipped(at=1.5, round=1, reason="r"),
     ev.SynthesisFinished(at=1.5, round=1, impressions="i", made=3, note="n", figures={"kept": 0.25}),

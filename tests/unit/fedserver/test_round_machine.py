@@ -903,12 +903,15 @@ class RunMachine(RuleBasedStateMachine):
         self.settle()
 
     @precondition(lambda self: any(isinstance(c, PoolStatistics) for c in work(self.state)))
-    @rule(works=st.booleans())
-    def pool(self, works: bool) -> None:
+    @rule(works=st.booleans(), lost=st.sets(st.sampled_from(SITES), max_size=1))
+    def pool(self, works: bool, lost: set[str]) -> None:
         (command,) = [c for c in work(self.state) if isinstance(c, PoolStatistics)]
         number = command.round
         event: ev.Event = ev.RecalibrationSkipped(at=self.now, round=number, reason="x")
-        if works:
+        lost &= {site for site, _, _ in command.statistics}
+        if lost:
+            event = ev.StatisticsLost(at=self.now, round=number, lost=dict.fromkeys(lost, "damaged"))
+        elif works:
             event = ev.ModelRecalibrated(at=self.now, round=number, model=f"mc{number}")
         assert self.try_event(event)
         self.settle()
@@ -1011,7 +1014,7 @@ class RunMachine(RuleBasedStateMachine):
             case Recalibrate():
                 self.measure(site=command.site, works=True)
             case PoolStatistics():
-                self.pool(works=True)
+                self.pool(works=True, lost=set())
             case Synthesise():
                 self.synthesise(works=True)
             case Evaluate():
