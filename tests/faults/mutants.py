@@ -207,7 +207,7 @@ MUTANTS: Mapping[str, Mapping[str, Patch]] = {
         "fedagent.tasks": _try_once,
     },
     "deadlines by the wall clock": {"fedcore.clock": _read_the_wall_clock},
-    "stored statistics are not hashed again": {"fedserver.compute": _hash_no_statistics},
+    "stored statistics are not hashed again": {"fedcore.models.state_file": _hash_no_statistics},
     "a site's last update is not noted for good": {"fedagent.recalibration_limit": _note_unsynced},
     "the spool is never swept": {"fedserver.deliveries": _leave_the_spool},
 }

@@ -18,7 +18,7 @@ _SLACK = {"descriptors": 12, "threads": 24}
 
 @dataclass
 class References:
-    """Final models of runs that nobody disturbed, by plan and by who took part in each round."""
+    """Models of the rounds of runs that nobody disturbed, by plan and by who took part in each round."""
 
     federation: ChaosFederation
     known: dict[tuple[str, Participants], str] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class References:
                 federation.relays[site].heal()
                 federation.wait_connected(site)
         assert accepted(federation, run) == participants, (accepted(federation, run), participants)
-        return final_model(federation, run)
+        return models(federation, run)
 
     def _in_steps(self, document: dict[str, Any], participants: Participants, withhold: Any) -> str:
         federation = self.federation
@@ -85,13 +85,13 @@ def accepted(federation: ChaosFederation, run: str) -> Participants:
     return tuple(tuple(event["accepted"]) for event in federation.events(run, "aggregation_finished"))
 
 
-def final_model(federation: ChaosFederation, run: str) -> str:
-    """Digest of the last model, of the bytes that lie on the coordinator's disk."""
-    (record,) = federation.events(run, "round_finished")[-1:]
-    digest = str(json.loads(record["record_json"])["model"])
+def models(federation: ChaosFederation, run: str) -> str:
+    """Digests of the rounds' models, in order; the last one's of the bytes that lie on the coordinator's disk."""
+    records = [json.loads(e["record_json"]) for e in federation.events(run, "round_finished")]
+    *earlier, digest = (str(record["model"]) for record in records)
     with artifact_path(federation.server_home / "artifacts", digest).open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    return found if found == digest else f"{digest} damaged: {found}"
+    return " ".join([*earlier, found if found == digest else f"{digest} damaged: {found}"])
 
 
 def counted_twice(federation: ChaosFederation, run: str) -> list[str]:

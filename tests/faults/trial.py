@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.faults import fault_plan
 from tests.faults.chaos_federation import SITES, ChaosFederation, build, impressions_document, upload_document
-from tests.faults.outcome import References, accepted, counted_twice, final_model, leaks, lost
+from tests.faults.outcome import References, accepted, counted_twice, leaks, lost, models
 from tests.faults.phases import held_in
 from tests.faults.scenarios import Scenario
 from tests.faults.strikes import Strike
@@ -111,8 +111,7 @@ class Trials:
         references = References(federation, self._known)
         return {
             "participants": [list(sites) for sites in participants],
-            "digest_equal": final_model(federation, run)
-            == references.digest(scenario.document, participants),
+            "digest_equal": models(federation, run) == references.digest(scenario.document, participants),
             "counted_twice": counted_twice(federation, run),
             "lost": [] if scenario.loses else lost(federation, run, since),
             "leaks": leaks(federation, run, self._usual, self._usual_files),

@@ -1,6 +1,9 @@
 """BatchNorm statistics measured after the merge, over real gRPC: the bits of fedsim, also when processes are killed."""
 
 import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
@@ -84,3 +87,70 @@ def test_agent_killed_while_it_measures_and_coordinator_while_it_pools(
         assert "model_recalibrated" not in federation.journal(run)
     federation.start_coordinator()
     check(federation, run, simulated)
+
+
+# An agent of before there were statistics: it says nothing of them, and ignores a directive that it does not know.
+OLD_AGENT = """
+from fedagent import cli, driver
+
+capabilities, obey = driver.AgentDriver._capabilities, driver.AgentDriver._obey
+
+def said(agent):
+    told = capabilities(agent)
+    told.ClearField("knows_recalibrate")
+    return told
+
+def heard(agent, directive):
+    directive.ClearField("recalibrate")
+    obey(agent, directive)
+
+driver.AgentDriver._capabilities, driver.AgentDriver._obey = said, heard
+cli.main()
+"""
+
+
+@pytest.fixture
+def three_kinds(federation: Federation) -> Iterator[tuple[str, str, str]]:
+    """A site of this version, one whose agent knows no statistics, one that forbids them; afterwards all are as before."""
+    measures, old, forbids = SITES[:3]
+    policy = federation.site_home(forbids) / "policy.toml"
+    for site in (old, forbids):
+        federation.kill_with_compute(site)
+    try:
+        policy.write_text("recalibrate = false\n")
+        federation.start_agent(forbids)
+        with federation.log_path(old).open("ab") as log:
+            federation.programs[old] = subprocess.Popen(
+                [sys.executable, "-c", OLD_AGENT, "serve", "--home", str(federation.site_home(old))],
+                env=federation.environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        federation.wait_connected(old, forbids)
+        yield measures, old, forbids
+    finally:
+        policy.unlink(missing_ok=True)
+        for site in (old, forbids):
+            if site in federation.programs:
+                federation.kill_with_compute(site)
+            federation.start_agent(site)
+        federation.wait_connected(old, forbids)
+
+
+def test_an_old_agent_and_a_site_that_forbids_it_miss_that_stage_only(
+    federation: Federation, three_kinds: tuple[str, str, str]
+) -> None:
+    measures, old, forbids = three_kinds
+    since = federation.log_size(old)
+    changed = {"name": "three-kinds", "rounds": 1, "min_sites": 1, "sites": list(three_kinds)}
+    run = federation.submit({**plan(), **changed})
+    ended = federation.wait(run)
+    assert (ended.state, ended.reason) == ("DONE", "1 rounds finished")
+    (record,) = federation.rounds(run)
+    assert record["aggregated"] == 3
+    assert record["sites"].keys() == set(three_kinds), "all evaluate"
+    assert record["recalibration"]["num_examples"].keys() == {measures}
+    assert record["recalibration"]["left_out"] == {
+        old: "its agent is of a version that measures no statistics",
+        forbids: "refuses: policy forbids to measure BatchNorm statistics of merged models",
+    }
+    assert "model_recalibrated" in federation.journal(run)
+    assert "unknown kind" not in federation.log(old, since), "it is not even asked"
