@@ -146,6 +146,15 @@ def test_what_was_never_told_counts_for_nothing(story: Story) -> None:
     assert story.ask(3, story.other).statistics.model == story.other
 
 
+def test_what_can_not_be_kept_is_not_sent(story: Story) -> None:
+    story.update(3)
+    in_the_way = story.site.home.local_state / RUN / "statistics.message"
+    in_the_way.mkdir()
+    assert "Is a directory" in story.refused(3, story.model)
+    in_the_way.rmdir()
+    assert story.ask(3, story.model).statistics.model == story.model
+
+
 def test_an_answer_damaged_on_the_disk_is_measured_anew_of_the_same_model(story: Story) -> None:
     story.update(3)
     story.ask(3, story.model)

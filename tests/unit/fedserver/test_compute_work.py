@@ -15,7 +15,8 @@ from fedcore.plan import validate_plan
 from fedcore.tensor_file import TensorSpec, write_tensor_file
 from fedserver import round_events as ev
 from fedserver.compute import ServerCompute
-from fedserver.compute_work import ComputeWork
+from fedserver.compute_work import ComputeCommand, ComputeWork
+from fedserver.recalibration import PoolStatistics
 from fedserver.round_state import RunState
 from fedserver.round_work import Aggregate
 
@@ -43,7 +44,7 @@ class Host:
 
 
 class Merging(Host):
-    """Aggregates as the compute process does."""
+    """Aggregates and pools as the compute process does."""
 
     def __init__(self) -> None:
         super().__init__({})
@@ -60,9 +61,12 @@ def artifact(store: ArtifactStore, value: bytes) -> str:
 
 
 def aggregate(store: ArtifactStore, host: Host, *digests: str) -> ev.Event:
-    work = ComputeWork(cast(ComputeHost, host), store, ManualClock(1.0), {"device": "cpu", "threads": 1})
     updates = tuple((site, digest, REPORT) for site, digest in zip("ab", digests, strict=True))
-    command = Aggregate(1, artifact(store, b"m"), updates)
+    return perform(store, host, Aggregate(1, artifact(store, b"m"), updates))
+
+
+def perform(store: ArtifactStore, host: Host, command: ComputeCommand) -> ev.Event:
+    work = ComputeWork(cast(ComputeHost, host), store, ManualClock(1.0), {"device": "cpu", "threads": 1})
     state = RunState(run="r", plan=PLAN, sites=("a", "b"))
     return asyncio.run(work.perform(state, command, None, lambda fields: None))
 
@@ -89,3 +93,13 @@ def test_the_sites_of_damaged_updates_are_asked_again(tmp_path: Path) -> None:
     event = aggregate(store, Merging(), artifact(store, b"a"), damaged)
     assert isinstance(event, ev.AggregationFailed)
     assert event.rejected == {"b": "b round 1: its update is damaged on the coordinator's disk"}
+
+
+def test_the_sites_of_damaged_statistics_are_asked_again(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    statistics = tuple((site, artifact(store, site.encode()), REPORT) for site in "ab")
+    store.path(statistics[1][1]).unlink()
+    event = perform(store, Merging(), PoolStatistics(3, artifact(store, b"m"), statistics))
+    assert isinstance(event, ev.StatisticsLost)
+    reason = "b round 3: its statistics are missing or damaged on the coordinator's disk"
+    assert (event.round, event.lost) == (3, {"b": reason})
