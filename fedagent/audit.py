@@ -21,7 +21,7 @@ from fedcore.audit_heads import head_from_proto, head_to_proto
 from fedcore.audit_store import AuditLog
 from fedcore.audit_text import document
 from fedcore.database import Database, open_database
-from fedcore.errors import PermissionDeniedError, TermError
+from fedcore.errors import FedimpresError, PermissionDeniedError, TermError
 from fedcore.term import Term, term_from_proto, term_to_proto
 from fedcore.text import printable
 from fedcore.v1 import federation_pb2
@@ -135,12 +135,13 @@ class SiteAudit:
 
     async def refused(self, error: TermError) -> None:
         """Record that a coordinator of an older term was met; the same one again is not recorded again."""
+        await self._refuse("coordinator.refuse", COORDINATOR, error)
+
+    async def _refuse(self, action: str, thing: str, error: FedimpresError, **detail: Value) -> None:
         if error.message not in self._refused:
             self._refused.add(error.message)
-            detail = {"error": error.message}
-            await self.log.record(
-                Fact("coordinator.refuse", _AGENT, object=COORDINATOR, result=error.code, detail=detail)
-            )
+            told: dict[str, Value] = {"error": error.message, **detail}
+            await self.log.record(Fact(action, _AGENT, object=thing, result=error.code, detail=told))
 
     async def disconnected(self, told: ControlBytes) -> None:
         """Record what went out over a connection that is over, besides artifacts."""
@@ -169,14 +170,9 @@ class SiteAudit:
         self, task: federation_pb2.RecalibrateTask, error: PermissionDeniedError
     ) -> None:
         """Record that statistics were asked for which this site gives to nobody; the same again is not recorded again."""
-        if error.message not in self._refused:
-            self._refused.add(error.message)
-            purpose = Purpose("statistics", task.run, task.round)
-            detail = {"error": error.message, **purpose.detail}
-            thing = f"artifact/{printable(task.model.digest, 64)}"
-            await self.log.record(
-                Fact("statistics.refuse", _AGENT, object=thing, result=error.code, detail=detail)
-            )
+        purpose = Purpose("statistics", task.run, task.round)
+        thing = f"artifact/{printable(task.model.digest, 64)}"
+        await self._refuse("statistics.refuse", thing, error, **purpose.detail)
 
     async def log_lines(self, lines: federation_pb2.LogLines) -> None:
         """Record lines of this agent's log that are about to leave, or that they were refused."""
